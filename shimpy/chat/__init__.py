@@ -1,0 +1,1 @@
+"""Conversations as text: templates that render them, parsers that read the answer. Pure."""

@@ -1,0 +1,116 @@
+"""What the engine's loop needs of a loaded model: the seam between it and llama.cpp.
+
+`shimpy.engine.llama` implements it with llama.cpp, tests/fake_backend.py without. Nothing
+here is thread-safe but `tokenize`, `piece`, `is_eog` and `fim_token`, which the reader
+thread uses while the loop decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from shimpy.protocol.messages import BufferUse, Sampling, TokenLogprob
+
+FimRole = Literal["prefix", "suffix", "middle", "repo", "separator"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one slot in a batch; the last gives logits where `wants_logits`."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    wants_logits: bool
+
+
+class DecodeStatus:
+    """What `Backend.decode` answers."""
+
+    OK: Literal[0] = 0
+    # No room in the KV cache; nothing was changed.
+    KV_FULL: Literal[1] = 1
+    ABORTED: Literal[2] = 2
+
+
+class Sampler(Protocol):
+    """Chooses the tokens of one request and remembers what it chose."""
+
+    def sample(self, row: int) -> tuple[int, TokenLogprob | None]:
+        """Return the token chosen from the logits of output `row` of the last decode.
+
+        The token is accepted into the sampler's own history (penalties, grammar).
+        """
+
+    def close(self) -> None:
+        """Free what llama.cpp holds for it."""
+
+
+class Backend(Protocol):
+    """A loaded model with one context of `n_slots` sequences in a unified KV cache."""
+
+    n_ctx: int
+    n_ctx_train: int
+    n_slots: int
+    n_batch: int
+    n_vocab: int
+    n_embd: int
+    add_bos: bool
+    bos_id: int
+    has_fim: bool
+    has_encoder: bool
+    # Positions of a slot can be moved (context shift).
+    can_shift: bool
+    # A part of a slot can be dropped or copied; False for recurrent models: whole slots only.
+    can_split: bool
+
+    def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
+        """Return the text's tokens, without start or end tokens."""
+
+    def piece(self, token: int, *, special: bool) -> bytes:
+        """Return the token's bytes; those of a control token are empty unless `special`."""
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the token ends a generation."""
+
+    def fim_token(self, role: FimRole) -> int:
+        """Return the model's fill-in-the-middle token for a role; -1: it has none."""
+
+    def decode(self, chunks: Sequence[Chunk]) -> int:
+        """Run the model over a batch of at most `n_batch` tokens; return a DecodeStatus.
+
+        The logits of the chunks that want them are rows 0, 1, ... in the chunks' order.
+
+        Raises:
+            WorkerError: llama.cpp refused the batch.
+        """
+
+    def make_sampler(self, sampling: Sampling, history: Sequence[int]) -> Sampler:
+        """Return a sampler; `history` is the prompt, for the penalties.
+
+        Raises:
+            InvalidOptionError: an option or the grammar can't be used.
+        """
+
+    def kv_remove(self, slot: int, start: int, end: int) -> bool:
+        """Drop the positions [start, end) of a slot; end -1: to its end. False: it can't."""
+
+    def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Let `target` share the positions [start, end) of `source`."""
+
+    def kv_shift(self, slot: int, start: int, end: int, delta: int) -> None:
+        """Move the positions [start, end) of a slot by `delta`."""
+
+    def embed(self, inputs: Sequence[Sequence[int]], *, normalize: bool) -> bytes:
+        """Return one float32 vector of `n_embd` for each input; each fits one batch."""
+
+    def set_threads(self, n_threads: int) -> None:
+        """Use this many threads from the next decode on."""
+
+    def memory(self) -> list[BufferUse]:
+        """Return what llama.cpp really holds, per device."""
+
+    def close(self) -> None:
+        """Free the model."""

@@ -1,0 +1,144 @@
+"""The errors that shimpy raises on purpose.
+
+    ShimpyError
+    ├── UserError               the caller asked for something that cannot be
+    │   ├── InvalidNameError        a model name that does not parse
+    │   ├── InvalidOptionError      an option's value is of a wrong type or out of range
+    │   ├── ContextExceededError    the prompt is longer than the context
+    │   └── UnsupportedError        the model or this build lacks the capability
+    ├── NotFoundError           no such model, file or route
+    ├── CapacityError           not now, or not on this machine
+    │   ├── DoesNotFitError         no placement fits
+    │   └── QueueFullError          too many are waiting
+    ├── RegistryError           something stored is wrong
+    │   └── GgufError               a file is not a GGUF model that can be read
+    ├── WorkerError             a worker failed
+    │   ├── LoadError               llama.cpp could not load the model
+    │   └── WorkerDiedError         the process ended while it was needed
+    └── ProtocolError           the two ends of a channel do not understand each other
+
+A message says what happened, to which thing, with numbers, and what to do.
+HTTP statuses are decided in server/errors.py, exit codes in cli/errors.py.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ShimpyError(Exception):
+    """Base of all errors that carry a message for the user; `code` is stable."""
+
+    code: ClassVar[str] = "error"
+
+    @property
+    def message(self) -> str:
+        """The text for the user."""
+        return str(self.args[0]) if self.args else self.code
+
+
+class UserError(ShimpyError):
+    """The caller asked for something that cannot be."""
+
+    code = "bad_request"
+
+
+class InvalidNameError(UserError):
+    """A model name that does not parse."""
+
+    code = "invalid_name"
+
+
+class InvalidOptionError(UserError):
+    """An option's value is of a wrong type or out of range; `option` names it."""
+
+    code = "invalid_option"
+
+    def __init__(self, message: str, *, option: str = "") -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class ContextExceededError(UserError):
+    """The prompt is longer than the context."""
+
+    code = "context_exceeded"
+
+    def __init__(self, message: str, *, n_prompt: int = 0, n_ctx: int = 0) -> None:
+        super().__init__(message)
+        self.n_prompt = n_prompt
+        self.n_ctx = n_ctx
+
+
+class UnsupportedError(UserError):
+    """The model, or this build of llama.cpp, lacks the capability that was asked for."""
+
+    code = "unsupported"
+
+
+class NotFoundError(ShimpyError):
+    """No such model, file or route."""
+
+    code = "not_found"
+
+
+class CapacityError(ShimpyError):
+    """Not now, or not on this machine."""
+
+    code = "capacity"
+
+
+class DoesNotFitError(CapacityError):
+    """No placement of the model fits; the message names the device and the missing bytes."""
+
+    code = "does_not_fit"
+
+
+class QueueFullError(CapacityError):
+    """Too many requests are waiting; `retry_after_s` is a guess at when there is room."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RegistryError(ShimpyError):
+    """Something in a model folder or in the store is wrong."""
+
+    code = "registry"
+
+
+class GgufError(RegistryError):
+    """A file is not a GGUF model that can be read; `path` and the reason are in the message."""
+
+    code = "gguf"
+
+
+class WorkerError(ShimpyError):
+    """A worker failed."""
+
+    code = "worker"
+
+
+class LoadError(WorkerError):
+    """llama.cpp could not load the model; carries its own last error lines."""
+
+    code = "load_failed"
+
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
+
+class WorkerDiedError(WorkerError):
+    """A worker's process ended while a request needed it."""
+
+    code = "worker_died"
+
+
+class ProtocolError(ShimpyError):
+    """The two ends of a channel do not understand each other."""
+
+    code = "protocol"

@@ -1,0 +1,113 @@
+"""The outcome of planning: a placement, what it costs on each device, and why it was chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shimpy.protocol.messages import KvType, LoadMode
+
+Mode = Literal["gpu", "experts-in-ram", "partial-gpu", "cpu"]
+# auto: by free memory; on: all experts in RAM; off: none; a number: those of the first N layers.
+CpuMoe = Literal["auto", "on", "off"] | int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What the user asked for; None leaves the choice to the planner."""
+
+    n_ctx: int | None = None
+    n_slots: int | None = None
+    kv_type: KvType | None = None
+    cpu_moe: CpuMoe = "auto"
+    # Layers on the GPU (the output layer counts as one); 0 keeps the model off every GPU.
+    n_gpu_layers: int | None = None
+    n_ubatch: int | None = None
+    load_mode: LoadMode | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where each part of a model lives, and the settings that it is loaded with."""
+
+    mode: Mode
+    # Counts the output layer as one, as llama.cpp does: n_layers + 1 is everything.
+    n_gpu_layers: int
+    n_layers: int
+    # Experts of the layers before this one are in RAM, llama.cpp's --n-cpu-moe.
+    n_cpu_moe: int
+    # How many of those layers have experts at all.
+    moe_layers_in_ram: int
+    n_ctx: int
+    n_slots: int
+    n_ubatch: int
+    load_mode: LoadMode
+    kv_type: KvType
+    # Names of the devices in use, with the share of the layers of each; empty on a CPU.
+    devices: tuple[str, ...] = ()
+    tensor_split: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceUse:
+    """What a placement takes on one device, in bytes."""
+
+    name: str
+    free_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    overhead_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the worker takes on this device."""
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.overhead_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much more than the free memory it takes; 0 when it fits."""
+        return max(0, self.total_bytes - self.free_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostUse:
+    """What a placement takes in host memory, in bytes."""
+
+    available_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    # Weights are page-locked or private: they can't be dropped and read again like a mapped file.
+    locked: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the worker takes in host memory."""
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much more than the available memory it takes; 0 when it fits."""
+        return max(0, self.total_bytes - self.available_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """One placement that was weighed, with its costs; `fits` on the hardware it was weighed for."""
+
+    placement: Placement
+    devices: tuple[DeviceUse, ...]
+    host: HostUse
+    fits: bool
+    # What is missing where, when it does not fit; else what speaks for or against it.
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The planner's answer: the rung it took, if any fits, and all it weighed, best first."""
+
+    chosen: Rung | None
+    reason: str
+    ladder: tuple[Rung, ...]

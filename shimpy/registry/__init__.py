@@ -1,0 +1,1 @@
+"""The models that this machine has: found in folders, kept in an index, resolved by name."""
