@@ -1,53 +1,336 @@
 """The daemon's settings: defaults, then the config file, then SHIMPY_*, then flags.
 
-Only this module reads the environment. A Config is frozen; a reload makes a new one.
+Only this module reads the environment. A Config is frozen; a reload makes a new one. Each
+setting is described once, in Config: its default, how it is read, and what it does; the
+flags of `shimpy serve`, `shimpy config` and docs/config.md follow from there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast, get_args
+from urllib.parse import urlsplit
 
-DEFAULT_BIND = "127.0.0.1:11435"
+from shimpy.errors import InvalidOptionError
+from shimpy.units import MIB, parse_bytes, parse_duration
+
+DEFAULT_PORT = 11435
+DEFAULT_BIND = f"127.0.0.1:{DEFAULT_PORT}"
+SYSTEM_CONFIG = Path("/etc/shimpy/config.toml")
+APP = "shimpy"
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "console", "json"]
+CpuMoeSetting = Literal["auto", "on", "off"]
+KvSetting = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+
+Parser = Callable[[Any], Any]
+
+
+def _setting(default: Any, parse: Parser, help_text: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "help": help_text})
+
+
+def _parse_int(minimum: int) -> Parser:
+    def parse(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise InvalidOptionError(f"it must be a whole number, not {value!r}")
+        try:
+            number = int(value)
+        except ValueError:
+            raise InvalidOptionError(f"it must be a whole number, not {value!r}") from None
+        if number < minimum:
+            raise InvalidOptionError(f"it must be at least {minimum}, not {number}")
+        return number
+
+    return parse
+
+
+def _parse_choice(*choices: str) -> Parser:
+    def parse(value: Any) -> str:
+        text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value).lower()
+        if text not in choices:
+            raise InvalidOptionError(f"it must be one of {', '.join(choices)}, not {value!r}")
+        return text
+
+    return parse
+
+
+def _parse_size(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if not isinstance(value, str):
+        raise InvalidOptionError(f"it must be a size like 512MiB, not {value!r}")
+    return parse_bytes(value)
+
+
+def parse_keep_alive(value: Any) -> float:
+    """Return seconds: a number is seconds, a text a Go duration or seconds; negative: forever.
+
+    Raises:
+        InvalidOptionError: neither.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise InvalidOptionError(f"it must be a duration like 5m, not {value!r}")
+    if isinstance(value, str):
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = parse_duration(value)
+    else:
+        seconds = float(value)
+    if math.isnan(seconds):
+        raise InvalidOptionError("it must be a duration like 5m, not NaN")
+    return math.inf if seconds < 0 else seconds
+
+
+def _parse_seconds(value: Any) -> float:
+    seconds = parse_keep_alive(value)
+    if math.isinf(seconds):
+        raise InvalidOptionError(f"it must be a limited time, not {value!r}")
+    return seconds
+
+
+def split_paths(value: Any) -> tuple[Path, ...]:
+    """Return the folders in a list, or in one text that joins several with ':' or ';'."""
+    items = value if isinstance(value, list | tuple) else [value]
+    parts: list[str] = []
+    for item in items:
+        if not isinstance(item, str | os.PathLike):
+            raise InvalidOptionError(f"it must be a list of folders, not {value!r}")
+        parts += os.fspath(item).replace(";", os.pathsep).split(os.pathsep)
+    return tuple(dict.fromkeys(Path(part).expanduser().absolute() for part in parts if part))
+
+
+def _parse_folder(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise InvalidOptionError(f"it must be a folder, not {value!r}")
+    return Path(value).expanduser().absolute()
+
+
+def parse_bind(value: Any) -> str:
+    """Return "host:port" as given, checked; ":8080" and "8080" mean the loopback address.
+
+    Raises:
+        InvalidOptionError: no port, or one that is none.
+    """
+    text = str(value).strip()
+    if text.isdigit():
+        text = f":{text}"
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the highest port
+        raise InvalidOptionError(
+            f"it must be an address and a port like {DEFAULT_BIND} or [::1]:{DEFAULT_PORT}, "
+            f"not {value!r}"
+        )
+    return f"{host or '127.0.0.1'}:{port}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Every setting, each under the name that it has in the config file."""
 
-    # host:port that the HTTP API listens on.
-    bind: str = DEFAULT_BIND
-    # Folders of GGUF files, searched with their sub-folders.
-    model_dirs: tuple[Path, ...] = ()
-    cpu_moe: Literal["auto", "on", "off"] = "auto"
-    # Experts of the first N layers stay in RAM; wins over cpu_moe.
-    n_cpu_moe: int | None = None
-    # Seconds an idle model stays loaded; inf: forever.
-    keep_alive: float = 300.0
-    # Context per model in tokens, shared by its slots; None: by model and memory.
-    n_ctx: int | None = None
-    # Requests that one model serves at once; None: by model and memory.
-    n_slots: int | None = None
-    # Type of the KV cache.
-    kv_type: Literal["f16", "bf16", "q8_0", "q4_0", "f32"] | None = None
-    # Threads of one worker; None: by cores and busy workers.
-    n_threads: int | None = None
-    # Requests that may wait for one model; one more is refused with 503.
-    max_queue: int = 512
-    # Seconds a model may take to load.
-    load_timeout: float = 600.0
-    # Seconds that running requests get when the daemon stops.
-    drain_timeout: float = 30.0
-    # Bytes of a request's body.
-    max_body: int = 64 * 1024 * 1024
-    # VRAM per GPU and host RAM that shimpy leaves to others, in bytes.
-    reserve_vram: int = 0
-    reserve_ram: int = 512 * 1024 * 1024
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    # auto: for people on a terminal, JSON elsewhere.
-    log_format: Literal["auto", "console", "json"] = "auto"
-    # Where state, cache and config live; under SHIMPY_HOME when that is set.
-    state_dir: Path = field(default=Path())
-    cache_dir: Path = field(default=Path())
-    config_dir: Path = field(default=Path())
+    bind: str = _setting(DEFAULT_BIND, parse_bind, "Address and port that the HTTP API listens on.")
+    model_dirs: tuple[Path, ...] = _setting(
+        (), split_paths, "Folders of GGUF files, searched with their sub-folders."
+    )
+    cpu_moe: CpuMoeSetting = _setting(
+        "auto",
+        _parse_choice(*get_args(CpuMoeSetting)),
+        "Keep experts in RAM: as free VRAM asks (auto), all (on) or none (off).",
+    )
+    n_cpu_moe: int | None = _setting(
+        None, _parse_int(0), "Keep the experts of the first N layers in RAM; wins over cpu_moe."
+    )
+    keep_alive: float = _setting(
+        300.0, parse_keep_alive, "How long an idle model stays loaded; negative: forever."
+    )
+    n_ctx: int | None = _setting(
+        None,
+        _parse_int(1),
+        "Context of a model in tokens, shared by its slots; by model and memory when not set.",
+    )
+    n_slots: int | None = _setting(
+        None,
+        _parse_int(1),
+        "Requests that one model serves at once; by model and memory when not set.",
+    )
+    kv_type: KvSetting | None = _setting(
+        None, _parse_choice(*get_args(KvSetting)), "Type of the KV cache; f16 when not set."
+    )
+    n_threads: int | None = _setting(
+        None, _parse_int(1), "Threads of one worker; by cores and busy workers when not set."
+    )
+    max_queue: int = _setting(
+        512, _parse_int(0), "Requests that may wait for one model; one more gets a 503."
+    )
+    load_timeout: float = _setting(600.0, _parse_seconds, "How long a model may take to load.")
+    drain_timeout: float = _setting(
+        30.0, _parse_seconds, "How long running requests may take when the daemon stops."
+    )
+    max_body: int = _setting(64 * MIB, _parse_size, "Size of a request's body at most.")
+    reserve_vram: int = _setting(0, _parse_size, "VRAM per GPU that is left to other programs.")
+    reserve_ram: int = _setting(512 * MIB, _parse_size, "RAM that is left to other programs.")
+    log_level: LogLevel = _setting(
+        "info", _parse_choice(*get_args(LogLevel)), "The least important lines that are logged."
+    )
+    log_format: LogFormat = _setting(
+        "auto",
+        _parse_choice(*get_args(LogFormat)),
+        "Log lines for people (console), machines (json), or by where they go (auto).",
+    )
+    state_dir: Path = _setting(Path(), _parse_folder, "Folder of the index and the logs.")
+    cache_dir: Path = _setting(Path(), _parse_folder, "Folder of what can be made again.")
+    data_dir: Path = _setting(Path(), _parse_folder, "Folder of pulled models.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedConfig:
+    """A Config and, for each setting, where its value came from."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+SETTINGS: Mapping[str, Parser] = {
+    setting.name: setting.metadata["parse"] for setting in fields(Config)
+}
+
+
+def help_text(name: str) -> str:
+    """Return the one-line description of a setting."""
+    return next(cast("str", f.metadata["help"]) for f in fields(Config) if f.name == name)
+
+
+def load_config(
+    *,
+    flags: Mapping[str, Any] | None = None,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """Return the settings from all their sources, the later winning.
+
+    Args:
+        flags: what the command line gave; None values are not given.
+        file: read instead of the system's and the user's config files.
+        environ: the environment; os.environ when None.
+
+    Raises:
+        InvalidOptionError: a file that can't be read, an unknown key, or a bad value; the
+            message names the source.
+    """
+    env = os.environ if environ is None else environ
+    folders = _folders(env)
+    values: dict[str, Any] = {
+        "state_dir": folders["state"],
+        "cache_dir": folders["cache"],
+        "data_dir": folders["data"],
+        "model_dirs": (folders["data"] / "models", Path.home() / "models"),
+    }
+    origins = dict.fromkeys(SETTINGS, "default")
+    files = [file] if file else [SYSTEM_CONFIG, folders["config"] / "config.toml"]
+    for path in files:
+        if file is not None or path.is_file():
+            _take(values, origins, _read_toml(path), str(path))
+    _take(values, origins, _from_environ(env), "environment")
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    _take(values, origins, given, "flag")
+    return LoadedConfig(config=Config(**values), origins=origins)
+
+
+def client_url(environ: Mapping[str, str] | None = None) -> str:
+    """Return the daemon's URL for client commands: SHIMPY_HOST, or the default address.
+
+    It takes host, host:port and scheme://host:port; an address that means "all interfaces"
+    is reached over loopback.
+
+    Raises:
+        InvalidOptionError: SHIMPY_HOST is no address.
+    """
+    text = (os.environ if environ is None else environ).get("SHIMPY_HOST", "").strip()
+    if not text:
+        return f"http://{DEFAULT_BIND}"
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        port = parts.port
+    except ValueError:
+        port = None
+        parts = urlsplit("")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise InvalidOptionError(
+            f"SHIMPY_HOST is {text!r}; write it like {DEFAULT_BIND} or http://host:port"
+        )
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname, parts.hostname)  # noqa: S104
+    shown = f"[{host}]" if ":" in host else host
+    default = {"http": DEFAULT_PORT, "https": 443}[parts.scheme]
+    if "://" in text and parts.scheme == "http" and port is None:
+        default = 80
+    return f"{parts.scheme}://{shown}:{port or default}{parts.path.rstrip('/')}"
+
+
+def config_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the folder of the user's config file."""
+    return _folders(os.environ if environ is None else environ)["config"]
+
+
+def _folders(env: Mapping[str, str]) -> dict[str, Path]:
+    home = env.get("SHIMPY_HOME")
+    if home:
+        base = Path(home).expanduser().absolute()
+        return {kind: base / kind for kind in ("config", "state", "cache", "data")}
+    import platformdirs
+
+    return {
+        "config": platformdirs.user_config_path(APP),
+        "state": platformdirs.user_state_path(APP),
+        "cache": platformdirs.user_cache_path(APP),
+        "data": platformdirs.user_data_path(APP),
+    }
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    import tomli
+
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidOptionError(f"can't read the config file {path}: {error.strerror}") from error
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidOptionError(f"the config file {path} is not valid TOML: {error}") from error
+
+
+# Names of the environment that are no settings: where things are, not how they behave.
+_OTHER_VARIABLES = {"SHIMPY_HOME", "SHIMPY_HOST", "SHIMPY_CONFIG"}
+
+
+def _from_environ(env: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key.removeprefix("SHIMPY_").lower(): value
+        for key, value in env.items()
+        if key.startswith("SHIMPY_") and key not in _OTHER_VARIABLES and value != ""
+    }
+
+
+def _take(
+    values: dict[str, Any], origins: dict[str, str], given: Mapping[str, Any], source: str
+) -> None:
+    for key, value in given.items():
+        shown = {"environment": f"SHIMPY_{key.upper()}", "flag": f"--{key.replace('_', '-')}"}
+        where = shown.get(source, f"{key} in {source}")
+        if key not in SETTINGS:
+            raise InvalidOptionError(f"{where}: there is no such setting{_nearest(key)}")
+        try:
+            values[key] = SETTINGS[key](value)
+        except InvalidOptionError as error:
+            raise InvalidOptionError(f"{where}: {error.message}", option=key) from None
+        origins[key] = shown.get(source, source)
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, SETTINGS, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(SETTINGS))}"
