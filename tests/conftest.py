@@ -1,0 +1,53 @@
+"""Fixtures that several test packages share: synthetic models, written once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.synthetic import (
+    write_bert,
+    write_chain,
+    write_deepseek,
+    write_llama,
+    write_mixtral,
+    write_qwen3moe,
+)
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the session's models; tests must not write to them."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def llama_model(models_dir: Path) -> Path:
+    return write_llama(models_dir / "llama.gguf")
+
+
+@pytest.fixture(scope="session")
+def mixtral_model(models_dir: Path) -> Path:
+    return write_mixtral(models_dir / "mixtral.gguf")
+
+
+@pytest.fixture(scope="session")
+def deepseek_model(models_dir: Path) -> Path:
+    return write_deepseek(models_dir / "deepseek.gguf")
+
+
+@pytest.fixture(scope="session")
+def qwen3moe_model(models_dir: Path) -> Path:
+    return write_qwen3moe(models_dir / "qwen3moe.gguf")
+
+
+@pytest.fixture(scope="session")
+def chain_model(models_dir: Path) -> Path:
+    """Says CHAIN_TEXT to any prompt."""
+    return write_chain(models_dir / "chain.gguf")
+
+
+@pytest.fixture(scope="session")
+def bert_model(models_dir: Path) -> Path:
+    return write_bert(models_dir / "bert.gguf")
