@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from shimpy.errors import InvalidOptionError
@@ -32,8 +32,8 @@ KvSetting = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 Parser = Callable[[Any], Any]
 
 
-def _setting(default: Any, parse: Parser, help_text: str) -> Any:
-    return field(default=default, metadata={"parse": parse, "help": help_text})
+def _setting(default: Any, parse: Parser, metavar: str, help_text: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "metavar": metavar, "help": help_text})
 
 
 def _parse_int(minimum: int) -> Parser:
@@ -135,58 +135,76 @@ def parse_bind(value: Any) -> str:
 class Config:
     """Every setting, each under the name that it has in the config file."""
 
-    bind: str = _setting(DEFAULT_BIND, parse_bind, "Address and port that the HTTP API listens on.")
+    bind: str = _setting(
+        DEFAULT_BIND, parse_bind, "ADDRESS", "Address and port that the HTTP API listens on."
+    )
     model_dirs: tuple[Path, ...] = _setting(
-        (), split_paths, "Folders of GGUF files, searched with their sub-folders."
+        (), split_paths, "DIR", "Folders of GGUF files, searched with their sub-folders."
     )
     cpu_moe: CpuMoeSetting = _setting(
         "auto",
         _parse_choice(*get_args(CpuMoeSetting)),
+        "[auto|on|off]",
         "Keep experts in RAM: as free VRAM asks (auto), all (on) or none (off).",
     )
     n_cpu_moe: int | None = _setting(
-        None, _parse_int(0), "Keep the experts of the first N layers in RAM; wins over cpu_moe."
+        None,
+        _parse_int(0),
+        "N",
+        "Keep the experts of the first N layers in RAM; wins over cpu_moe.",
     )
     keep_alive: float = _setting(
-        300.0, parse_keep_alive, "How long an idle model stays loaded; negative: forever."
+        300.0, parse_keep_alive, "TIME", "How long an idle model stays loaded; negative: forever."
     )
     n_ctx: int | None = _setting(
         None,
         _parse_int(1),
+        "N",
         "Context of a model in tokens, shared by its slots; by model and memory when not set.",
     )
     n_slots: int | None = _setting(
         None,
         _parse_int(1),
+        "N",
         "Requests that one model serves at once; by model and memory when not set.",
     )
     kv_type: KvSetting | None = _setting(
-        None, _parse_choice(*get_args(KvSetting)), "Type of the KV cache; f16 when not set."
+        None, _parse_choice(*get_args(KvSetting)), "TYPE", "Type of the KV cache; f16 when not set."
     )
     n_threads: int | None = _setting(
-        None, _parse_int(1), "Threads of one worker; by cores and busy workers when not set."
+        None, _parse_int(1), "N", "Threads of one worker; by cores and busy workers when not set."
     )
     max_queue: int = _setting(
-        512, _parse_int(0), "Requests that may wait for one model; one more gets a 503."
+        512, _parse_int(0), "N", "Requests that may wait for one model; one more gets a 503."
     )
-    load_timeout: float = _setting(600.0, _parse_seconds, "How long a model may take to load.")
+    load_timeout: float = _setting(
+        600.0, _parse_seconds, "TIME", "How long a model may take to load."
+    )
     drain_timeout: float = _setting(
-        30.0, _parse_seconds, "How long running requests may take when the daemon stops."
+        30.0, _parse_seconds, "TIME", "How long running requests may take when the daemon stops."
     )
-    max_body: int = _setting(64 * MIB, _parse_size, "Size of a request's body at most.")
-    reserve_vram: int = _setting(0, _parse_size, "VRAM per GPU that is left to other programs.")
-    reserve_ram: int = _setting(512 * MIB, _parse_size, "RAM that is left to other programs.")
+    max_body: int = _setting(64 * MIB, _parse_size, "SIZE", "Size of a request's body at most.")
+    reserve_vram: int = _setting(
+        0, _parse_size, "SIZE", "VRAM per GPU that is left to other programs."
+    )
+    reserve_ram: int = _setting(
+        512 * MIB, _parse_size, "SIZE", "RAM that is left to other programs."
+    )
     log_level: LogLevel = _setting(
-        "info", _parse_choice(*get_args(LogLevel)), "The least important lines that are logged."
+        "info",
+        _parse_choice(*get_args(LogLevel)),
+        "LEVEL",
+        "The least important lines that are logged.",
     )
     log_format: LogFormat = _setting(
         "auto",
         _parse_choice(*get_args(LogFormat)),
+        "[auto|console|json]",
         "Log lines for people (console), machines (json), or by where they go (auto).",
     )
-    state_dir: Path = _setting(Path(), _parse_folder, "Folder of the index and the logs.")
-    cache_dir: Path = _setting(Path(), _parse_folder, "Folder of what can be made again.")
-    data_dir: Path = _setting(Path(), _parse_folder, "Folder of pulled models.")
+    state_dir: Path = _setting(Path(), _parse_folder, "DIR", "Folder of the index and the logs.")
+    cache_dir: Path = _setting(Path(), _parse_folder, "DIR", "Folder of what can be made again.")
+    data_dir: Path = _setting(Path(), _parse_folder, "DIR", "Folder of pulled models.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,9 +220,10 @@ SETTINGS: Mapping[str, Parser] = {
 }
 
 
-def help_text(name: str) -> str:
-    """Return the one-line description of a setting."""
-    return next(cast("str", f.metadata["help"]) for f in fields(Config) if f.name == name)
+HELP: Mapping[str, str] = {setting.name: setting.metadata["help"] for setting in fields(Config)}
+METAVARS: Mapping[str, str] = {
+    setting.name: setting.metadata["metavar"] for setting in fields(Config)
+}
 
 
 def load_config(

@@ -15,7 +15,9 @@
     ├── WorkerError             a worker failed
     │   ├── LoadError               llama.cpp could not load the model
     │   └── WorkerDiedError         the process ended while it was needed
-    └── ProtocolError           the two ends of a channel do not understand each other
+    ├── ProtocolError           the two ends of a channel do not understand each other
+    └── DaemonError             the daemon answered a client with an error
+        └── UnreachableError        no daemon answers at the address
 
 A message says what happened, to which thing, with numbers, and what to do.
 HTTP statuses are decided in server/errors.py, exit codes in cli/errors.py.
@@ -142,3 +144,19 @@ class ProtocolError(ShimpyError):
     """The two ends of a channel do not understand each other."""
 
     code = "protocol"
+
+
+class DaemonError(ShimpyError):
+    """The daemon answered a client with an error; `status` is HTTP's."""
+
+    code = "daemon"
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class UnreachableError(DaemonError):
+    """No daemon answers at the address."""
+
+    code = "unreachable"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shimpy.config import SETTINGS, client_url, help_text, load_config, split_paths
+from shimpy.config import HELP, client_url, load_config, split_paths
 from shimpy.errors import InvalidOptionError
 
 
@@ -145,4 +145,4 @@ def test_a_bad_shimpy_host_is_an_error(host: str) -> None:
 
 
 def test_every_setting_says_what_it_does() -> None:
-    assert all(help_text(name).endswith(".") for name in SETTINGS)
+    assert all(text.endswith(".") for text in HELP.values())

@@ -1,0 +1,5 @@
+"""`python -m shimpy` is `shimpy`."""
+
+from shimpy.cli.main import main
+
+main()

@@ -1,0 +1,76 @@
+"""A daemon in the background, for a client command that finds none."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from shimpy.cli.output import hint
+from shimpy.client import Client
+from shimpy.config import client_url, load_config
+from shimpy.errors import DaemonError, UnreachableError
+
+_START_TIMEOUT_S = 30.0
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+def connect() -> Client:
+    """Return a client of the daemon at SHIMPY_HOST, which is started when none answers there.
+
+    Raises:
+        UnreachableError: none answers, and the address is another machine's.
+        DaemonError: the new daemon ended before it was ready.
+    """
+    client = Client(client_url())
+    try:
+        client.version()
+    except UnreachableError:
+        address = urlsplit(client.url)
+        if address.hostname not in _LOOPBACK or address.scheme != "http":
+            raise
+        _start_daemon(f"{address.hostname}:{address.port}")
+    return client
+
+
+def _start_daemon(bind: str) -> None:
+    config = load_config().config
+    config.state_dir.mkdir(parents=True, exist_ok=True)
+    log = config.state_dir / "daemon.log"
+    with (
+        tempfile.TemporaryDirectory(prefix="shimpy-") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
+        log.open("wb") as output,
+    ):
+        path = Path(folder) / "notify"
+        ready.bind(str(path))
+        process = subprocess.Popen(  # noqa: S603 - this very program
+            [sys.executable, "-m", "shimpy", "serve", "--bind", bind],
+            env={**os.environ, "NOTIFY_SOCKET": str(path)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        _wait_ready(process, ready, log)
+    hint(f"started a daemon in the background (pid {process.pid}, log {log})")
+
+
+def _wait_ready(process: subprocess.Popen[bytes], ready: socket.socket, log: Path) -> None:
+    # Short receives, so that a daemon that dies at once is noticed at once.
+    ready.settimeout(0.1)
+    for _ in range(int(_START_TIMEOUT_S / 0.1)):
+        try:
+            if b"READY=1" in ready.recv(4096):
+                return
+        except TimeoutError:
+            if process.poll() is not None:
+                break
+    else:
+        process.terminate()
+    tail = log.read_text(errors="replace").splitlines()[-5:]
+    raise DaemonError("the daemon did not start; its log ends with:\n" + "\n".join(tail))

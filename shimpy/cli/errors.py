@@ -1,0 +1,38 @@
+"""From exceptions to messages and exit codes, so that no command wraps its calls in try."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from shimpy.errors import InvalidNameError, InvalidOptionError, ShimpyError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_and_exit(command: click.Command) -> NoReturn:
+    """Run a command with the process's arguments and exit with its code."""
+    try:
+        code = command.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
+    except ShimpyError as error:
+        click.echo(f"Error: {error.message}", err=True)
+        sys.exit(_exit_code(error))
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit_code(error: ShimpyError) -> int:
+    return EXIT_USAGE if isinstance(error, InvalidOptionError | InvalidNameError) else EXIT_FAILED

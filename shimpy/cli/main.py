@@ -1,0 +1,56 @@
+"""The group of commands. `shimpy --help` imports none of them: that keeps it quick."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from shimpy import __version__
+from shimpy.cli.errors import run_and_exit
+
+# Name to module and help line, in the order that `--help` shows.
+COMMANDS = {
+    "serve": ("shimpy.cli.serve", "Run the daemon."),
+    "run": ("shimpy.cli.run", "Run a model: a prompt, standard input, or a chat."),
+    "list": ("shimpy.cli.list_models", "List the models on this machine."),
+    "show": ("shimpy.cli.show", "Show what a model is and can do."),
+    "ps": ("shimpy.cli.ps", "Show the loaded models and where they are placed."),
+    "stop": ("shimpy.cli.stop", "Unload a model."),
+    "plan": ("shimpy.cli.plan", "Explain where a model would be placed, and why."),
+    "config": ("shimpy.cli.config", "Show every setting and where its value comes from."),
+}
+ALIASES = {"ls": "list"}
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's module when the command is used."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        name = ALIASES.get(cmd_name, cmd_name)
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[name][0]).command
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Client commands talk to the daemon at SHIMPY_HOST (127.0.0.1:11435).",
+)
+@click.version_option(__version__, "-v", "--version", message="shimpy %(version)s")
+def cli() -> None:
+    """Find, place and serve GGUF models on this machine."""
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    run_and_exit(cli)

@@ -1,0 +1,105 @@
+"""`shimpy run`: one answer to a prompt or to standard input, or a chat on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+
+@click.command(name="run")
+@click.argument("model")
+@click.argument("prompt", nargs=-1)
+@click.option("--system", help="A system message.")
+@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the template.")
+@click.option("--suffix", help="Text that follows the gap to be filled.")
+@click.option("--format", "output_format", help='"json", or a JSON schema, for the answer.')
+@click.option("--think/--no-think", default=None, help="Let the model think first, or not.")
+@click.option("--hidethinking", is_flag=True, help="Do not print the thoughts.")
+@click.option(
+    "-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="temperature=0, ..."
+)
+@click.option("--keepalive", metavar="TIME", help="How long the model stays loaded afterwards.")
+@click.option("--verbose", is_flag=True, help="Print the timings after the answer.")
+def command(
+    model: str,
+    prompt: tuple[str, ...],
+    output_format: str | None,
+    options: tuple[str, ...],
+    keepalive: str | None,
+    **flags: Any,
+) -> None:
+    """Run MODEL on PROMPT, on standard input, or in a chat when there is neither."""
+    from shimpy.cli.autostart import connect
+    from shimpy.cli.printer import print_answer
+
+    request: dict[str, Any] = {"model": model, "options": parse_options(options)}
+    if keepalive is not None:
+        request["keep_alive"] = keepalive
+    if output_format is not None:
+        request["format"] = _parse_format(output_format)
+    for name in ("system", "suffix", "think"):
+        if flags[name] is not None:
+            request[name] = flags[name]
+    if flags["raw"]:
+        request["raw"] = True
+    text = _prompt_text(prompt)
+    with connect() as client:
+        if text is None:
+            from shimpy.cli.chat import Chat
+
+            Chat(client, request, hide_thinking=flags["hidethinking"]).run()
+            return
+        chunks = client.generate({**request, "prompt": text})
+        print_answer(chunks, hide_thinking=flags["hidethinking"], verbose=flags["verbose"])
+
+
+def parse_options(pairs: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """Return the options in "name=value" pairs; values are JSON, or else plain text.
+
+    Raises:
+        InvalidOptionError: a pair has no '='.
+    """
+    import json
+
+    from shimpy.errors import InvalidOptionError
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InvalidOptionError(f"{pair!r} is not an option; write it like temperature=0.2")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        if name == "stop":
+            options.setdefault("stop", []).append(value)
+        else:
+            options[name] = parsed
+    return options
+
+
+def _parse_format(text: str) -> Any:
+    import json
+
+    from shimpy.errors import InvalidOptionError
+
+    if text == "json":
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidOptionError(f'--format is neither "json" nor a JSON schema: {error}') from None
+
+
+def _prompt_text(words: tuple[str, ...]) -> str | None:
+    """Return the prompt: the words, and before them what is piped in; None: chat."""
+    prompt = " ".join(words)
+    if sys.stdin.isatty():
+        return prompt or None
+    piped = sys.stdin.buffer.read().decode(errors="replace")
+    if not piped.strip():
+        return prompt
+    return f"{piped}\n{prompt}" if prompt else piped

@@ -1,0 +1,47 @@
+"""`shimpy serve`: the daemon in the foreground."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shimpy.cli.options import config_option
+from shimpy.config import HELP, METAVARS
+
+# Flags whose form differs from `--name VALUE`.
+_FORMS: dict[str, dict[str, Any]] = {
+    "model_dirs": {"multiple": True},
+    # Bare `--cpu-moe` means on, as llama.cpp's own flag does.
+    "cpu_moe": {"is_flag": False, "flag_value": "on"},
+}
+
+
+def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for name in reversed(list(HELP)):
+        flag = f"--{name.replace('_', '-')}"
+        function = click.option(
+            flag, name, metavar=METAVARS[name], help=HELP[name], **_FORMS.get(name, {})
+        )(function)
+    return function
+
+
+@click.command(name="serve")
+@_setting_options
+@config_option
+def command(config_file: Path | None, **flags: Any) -> None:
+    """Run the daemon."""
+    import asyncio
+
+    from shimpy.config import load_config
+    from shimpy.logs import setup_logging
+
+    flags["model_dirs"] = flags["model_dirs"] or None
+    config = load_config(flags=flags, file=config_file).config
+
+    from shimpy.server.daemon import serve
+
+    setup_logging(config.log_level, config.log_format)
+    asyncio.run(serve(config))

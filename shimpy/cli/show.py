@@ -1,0 +1,80 @@
+"""`shimpy show`: what a model is and can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from shimpy.cli.options import json_option
+
+
+@click.command(name="show")
+@click.argument("model")
+@click.option("--modelfile", "part", flag_value="modelfile", help="Only its Modelfile.")
+@click.option("--parameters", "part", flag_value="parameters", help="Only its parameters.")
+@click.option("--template", "part", flag_value="template", help="Only its prompt template.")
+@click.option("--system", "part", flag_value="system", help="Only its system message.")
+@click.option("--license", "part", flag_value="license", help="Only its licence.")
+@click.option("--verbose", is_flag=True, help="Whole arrays and tensors, with --json.")
+@json_option
+def command(model: str, part: str | None, *, verbose: bool, as_json: bool) -> None:
+    """Show what MODEL is and can do."""
+    from shimpy.cli.autostart import connect
+    from shimpy.cli.output import print_json
+
+    with connect() as client:
+        shown = client.show(model, verbose=verbose)
+    if as_json:
+        print_json(shown)
+    elif part is not None:
+        click.echo(shown.get(part) or "")
+    else:
+        print_sections(shown)
+
+
+def print_sections(shown: dict[str, Any]) -> None:
+    """Print what `show` answers, section by section."""
+    details, info = shown["details"], shown["model_info"]
+    arch = info.get("general.architecture", details["family"])
+    _print_section(
+        "Model",
+        {
+            "architecture": arch,
+            "parameters": details["parameter_size"],
+            "context length": info.get(f"{arch}.context_length"),
+            "embedding length": info.get(f"{arch}.embedding_length"),
+            "quantization": details["quantization_level"],
+        },
+    )
+    experts = shown.get("experts")
+    if experts and experts["tensors"]:
+        from shimpy.units import format_bytes
+
+        _print_section(
+            "Experts",
+            {
+                "routed": experts["n_expert"],
+                "shared": experts["n_expert_shared"],
+                "active": experts["n_expert_used"],
+                "tensors": experts["tensors"],
+                "size": format_bytes(experts["bytes"]),
+            },
+        )
+    _print_section("Capabilities", dict.fromkeys(shown["capabilities"], ""))
+    parameters = [line.split(None, 1) for line in (shown.get("parameters") or "").splitlines()]
+    _print_section("Parameters", {line[0]: " ".join(line[1:]) for line in parameters if line})
+    _print_section("System", dict.fromkeys((shown.get("system") or "").splitlines(), ""))
+    first_lines = (shown.get("license") or "").splitlines()[:2]
+    _print_section("License", dict.fromkeys(first_lines, ""))
+
+
+def _print_section(title: str, values: dict[str, Any]) -> None:
+    rows = {key: value for key, value in values.items() if value is not None}
+    if not rows:
+        return
+    width = max(len(key) for key in rows)
+    click.echo(f"  {title}")
+    for key, value in rows.items():
+        click.echo(f"    {key:<{width}}    {value}".rstrip())
+    click.echo()

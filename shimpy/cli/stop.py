@@ -1,0 +1,16 @@
+"""`shimpy stop`: unload a model."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command(name="stop")
+@click.argument("model")
+def command(model: str) -> None:
+    """Unload MODEL once its last request has ended."""
+    from shimpy.client import Client
+    from shimpy.config import client_url
+
+    with Client(client_url()) as client:
+        client.unload(model)

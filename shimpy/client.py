@@ -1,0 +1,134 @@
+"""A client of the daemon's HTTP API, for the command line and for scripts.
+
+    with Client(url) as client:
+        for chunk in client.generate({"model": "demo", "prompt": "def f("}):
+            print(chunk["response"], end="")
+
+The wire is Ollama's: dictionaries as docs/api.md describes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from shimpy.errors import DaemonError, NotFoundError, UnreachableError
+
+# A model may take minutes to load before the first byte; connecting to a daemon does not.
+_TIMEOUT = httpx.Timeout(None, connect=5.0)
+_HTTP_ERROR = 400
+_HTTP_NOT_FOUND = 404
+
+
+class Client:
+    """A connection to the daemon at `url`; not thread-safe."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        # No proxy: the daemon is on this machine or named on purpose.
+        self._http = httpx.Client(base_url=url, timeout=_TIMEOUT, trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._http.close()
+
+    def version(self) -> str:
+        """Return the daemon's version.
+
+        Raises:
+            UnreachableError: nothing answers.
+        """
+        return str(self._call("GET", "/api/version").get("version", ""))
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return all models that the daemon knows, the broken ones too."""
+        return list(self._call("GET", "/api/models")["models"])
+
+    def residents(self) -> list[dict[str, Any]]:
+        """Return the loaded models with their placement."""
+        return list(self._call("GET", "/api/ps")["models"])
+
+    def show(self, model: str, *, verbose: bool = False) -> dict[str, Any]:
+        """Return all that is known of one model."""
+        return self._call("POST", "/api/show", {"model": model, "verbose": verbose})
+
+    def plan(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the placement that the daemon would choose."""
+        return self._call("POST", "/api/plan", request)
+
+    def generate(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of /api/generate as they come."""
+        return self._stream("/api/generate", request)
+
+    def chat(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of /api/chat as they come."""
+        return self._stream("/api/chat", request)
+
+    def load(self, model: str, keep_alive: float | str | None = None) -> None:
+        """Load a model, and keep it for `keep_alive`."""
+        request: dict[str, Any] = {"model": model}
+        if keep_alive is not None:
+            request["keep_alive"] = keep_alive
+        self._call("POST", "/api/generate", request)
+
+    def unload(self, model: str) -> None:
+        """Unload a model once its last request ends."""
+        self._call("POST", "/api/generate", {"model": model, "keep_alive": 0})
+
+    def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.status_code >= _HTTP_ERROR:
+            raise _error_of(response.status_code, response.content)
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def _stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        try:
+            with self._http.stream("POST", path, json=body) as response:
+                if response.status_code >= _HTTP_ERROR:
+                    raise _error_of(response.status_code, response.read())
+                for line in response.iter_lines():
+                    chunk = json.loads(line)
+                    if "error" in chunk:
+                        raise DaemonError(str(chunk["error"]), status=response.status_code)
+                    yield chunk
+        except httpx.ConnectError as error:
+            raise self._unreachable(error) from error
+        except httpx.TransportError as error:
+            raise DaemonError(
+                f"the daemon at {self.url} broke off in the middle of its answer ({error}); "
+                "its log says why"
+            ) from error
+
+    def _unreachable(self, error: Exception) -> UnreachableError:
+        return UnreachableError(
+            f"no shimpy daemon answers at {self.url} ({error}); "
+            "start one with `shimpy serve`, or set SHIMPY_HOST to where it runs"
+        )
+
+
+def _error_of(status: int, body: bytes) -> DaemonError | NotFoundError:
+    try:
+        answer = json.loads(body)
+        message = str(answer["error"])
+    except (ValueError, KeyError, TypeError):
+        message = f"the daemon answered with status {status}: {body[:200].decode(errors='replace')}"
+    if status == _HTTP_NOT_FOUND:
+        return NotFoundError(message)
+    return DaemonError(message, status=status)

@@ -1,0 +1,116 @@
+"""The group of commands: help, exit codes, and what stays unimported."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from shimpy.cli.main import ALIASES, COMMANDS, cli
+from shimpy.cli.run import parse_options
+from shimpy.errors import InvalidOptionError
+
+
+def shimpy(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "shimpy", *args],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env=env,
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_loads_and_explains_itself(name: str) -> None:
+    """The group's table stands in for modules that it does not import."""
+    command = importlib.import_module(COMMANDS[name][0]).command
+    assert command.name == name
+    assert (command.help or "").split()[0] == COMMANDS[name][1].split()[0]
+
+
+def test_help_names_every_command_and_imports_none() -> None:
+    """What makes `--help` quick is what it does not import."""
+    heavy = ["httpx", "rich", "aiohttp", "msgspec", "jinja2", "structlog", "huggingface_hub"]
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from shimpy.cli.main import cli\n"
+        "print(CliRunner().invoke(cli, ['--help']).output)\n"
+        f"print('imported', [m for m in {heavy!r} if m in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert "imported []" in done.stdout
+    for name in COMMANDS:
+        assert f"  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_an_alias_is_its_command(alias: str) -> None:
+    context = click.Context(cli)
+    assert cli.get_command(context, alias) is cli.get_command(context, ALIASES[alias])
+
+
+def test_wrong_use_exits_2() -> None:
+    assert shimpy("nope").returncode == 2
+    assert shimpy("show").returncode == 2
+    done = shimpy("serve", "--bind", "nowhere")
+    assert done.returncode == 2
+    assert "--bind: it must be an address and a port" in done.stderr
+    assert done.stdout == ""
+
+
+def test_no_daemon_exits_1_and_says_where_it_looked(unused_tcp_port: int) -> None:
+    import os
+
+    done = shimpy("ps", env={**os.environ, "SHIMPY_HOST": f"127.0.0.1:{unused_tcp_port}"})
+    assert done.returncode == 1
+    assert f"http://127.0.0.1:{unused_tcp_port}" in done.stderr
+    assert "shimpy serve" in done.stderr
+
+
+def test_config_prints_every_setting_with_its_origin(tmp_path: object) -> None:
+    import json
+    import os
+
+    env = {**os.environ, "SHIMPY_HOME": str(tmp_path), "SHIMPY_MAX_QUEUE": "3"}
+    done = shimpy("config", "--json", env=env)
+    assert json.loads(done.stdout)["max_queue"] == {"value": 3, "origin": "SHIMPY_MAX_QUEUE"}
+    table = shimpy("config", env=env).stdout
+    assert "max_queue" in table
+    assert "5m0s" in table
+
+
+def test_bare_cpu_moe_means_on() -> None:
+    """As llama.cpp's own flag; a value is taken too."""
+    from shimpy.cli.serve import command
+
+    for args, expected in ((["--cpu-moe"], "on"), (["--cpu-moe", "off"], "off"), ([], None)):
+        assert command.make_context("serve", list(args)).params["cpu_moe"] == expected
+
+
+def test_options_are_json_or_text() -> None:
+    pairs = ["temperature=0.5", "seed=7", "stop=a", "stop=b", "name=x y", "flag=true"]
+    assert parse_options(pairs) == {
+        "temperature": 0.5,
+        "seed": 7,
+        "stop": ["a", "b"],
+        "name": "x y",
+        "flag": True,
+    }
+    with pytest.raises(InvalidOptionError, match=r"temperature=0\.2"):
+        parse_options(["temperature"])
+
+
+def test_a_schema_that_is_no_json_is_an_error() -> None:
+    result = CliRunner().invoke(cli, ["run", "m", "hello", "--format", "{"])
+    assert isinstance(result.exception, Exception)
+    assert "JSON schema" in str(result.exception)
