@@ -7,7 +7,54 @@ expert_count, and a draft file may hold no experts at all. The pattern is llama.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Final
+
+from shimpy.errors import GgufError
+from shimpy.gguf.cache import Hparams, LayerCache, describe_cache, n_nextn
+from shimpy.gguf.header import Header
+from shimpy.gguf.quants import FILE_TYPE_NAMES
+from shimpy.gguf.tensors import TensorSizes, sum_tensors
+
+_EMBEDDERS: Final = frozenset(
+    "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert "
+    "gemma-embedding llama-embed t5encoder".split()
+)
+# The architecture of mmproj files.
+PROJECTOR_ARCH: Final = "clip"
+# enum llama_pooling_type: none 0, mean 1, cls 2, last 3, rank 4.
+_POOLING_NONE: Final = 0
+_POOLING_RANK: Final = 4
+# LLAMA_MAX_EXPERTS of llama.cpp.
+_MAX_EXPERTS: Final = 1024
+# LLAMA_FTYPE_GUESSED, a flag that is added to a file type.
+_FTYPE_GUESSED: Final = 1024
+
+# The tokens for filling in the middle, as llama.cpp knows them by key or text (llama-vocab.cpp).
+_FIM_TOKENS: Final = (
+    (
+        ("fim_pre_token_id", "prefix_token_id"),
+        "<|fim_prefix|> <fim-prefix> <fim_prefix> <\uff5cfim\u2581begin\uff5c> <PRE> \u2581<PRE> "
+        "<|code_prefix|> <|prefix|>",
+    ),
+    (
+        ("fim_suf_token_id", "suffix_token_id"),
+        "<|fim_suffix|> <fim-suffix> <fim_suffix> <\uff5cfim\u2581hole\uff5c> <SUF> \u2581<SUF> "
+        "<|code_suffix|> <|suffix|>",
+    ),
+    (
+        ("fim_mid_token_id", "middle_token_id"),
+        "<|fim_middle|> <fim-middle> <fim_middle> <\uff5cfim\u2581end\uff5c> <MID> \u2581<MID> "
+        "<|code_middle|> <|middle|>",
+    ),
+)
+
+SPLIT_EXPERTS_EXPLANATION: Final = (
+    "its experts are split into one tensor each (blk.0.ffn_gate.0.weight), the format of before "
+    "April 2024: llama.cpp loads it no more, and such tensors don't match the pattern by which "
+    "experts stay in RAM; get a newer GGUF of the model, or convert and quantize it again"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +67,10 @@ class LayerShape:
     # Tensors that llama.cpp's expert pattern matches: weights, biases and scales.
     expert_bytes: int
     n_expert_tensors: int
+    # The largest single tensor among the experts, and among the rest: a layer in host memory
+    # passes through the GPU tensor by tensor in prefill, so its compute buffer holds one.
+    largest_expert_bytes: int = 0
+    largest_dense_bytes: int = 0
     # Elements of K and of V that one token adds to the cache; 0: the layer keeps none.
     n_embd_k: int
     n_embd_v: int
@@ -45,6 +96,8 @@ class ModelShape:
     n_vocab: int
     n_head: int
     n_ff: int
+    # Width of one attention head's K (key_length, else n_embd / n_head); 0: no attention.
+    n_embd_head: int = 0
     n_expert: int = 0
     n_expert_used: int = 0
     n_expert_shared: int = 0
@@ -84,3 +137,119 @@ class ModelShape:
     def n_expert_tensors(self) -> int:
         """Number of all expert tensors."""
         return sum(layer.n_expert_tensors for layer in self.layers)
+
+    @property
+    def explanation(self) -> str | None:
+        """What hinders the use of this model, in words; None: nothing."""
+        return SPLIT_EXPERTS_EXPLANATION if self.has_split_experts else None
+
+
+def describe_model(header: Header) -> ModelShape:
+    """Return the shape of the model that a header describes.
+
+    Raises:
+        GgufError: the file holds no language model, or lacks what llama.cpp demands of one.
+    """
+    if header.metadata.get("general.architecture") == PROJECTOR_ARCH:
+        raise GgufError(
+            f"{header.name}: is a projector (mmproj) for images or sound and no model by itself; "
+            "put it beside its model"
+        )
+    hparams = Hparams(header)
+    cache = describe_cache(hparams)
+    sizes = sum_tensors(header.tensors, n_loaded=hparams.n_layer - n_nextn(hparams))
+    n_expert, n_expert_used = _expert_counts(hparams)
+    pooling = hparams.get("pooling_type", _POOLING_NONE)
+    is_embedding = hparams.arch in _EMBEDDERS or pooling != _POOLING_NONE
+    chat_template = header.metadata.get("tokenizer.chat_template")
+    return ModelShape(
+        arch=hparams.arch,
+        title=_title(header),
+        quantization=_quantization(header),
+        n_params=sum(tensor.n_elements for tensor in header.tensors),
+        file_bytes=header.file_bytes,
+        n_layer=hparams.n_layer,
+        n_ctx_train=hparams.get("context_length"),
+        n_embd=hparams.get("embedding_length"),
+        n_vocab=_n_vocab(hparams),
+        n_head=max(hparams.per_layer("attention.head_count", 0)),
+        n_ff=max(hparams.per_layer("feed_forward_length", 0)),
+        n_expert=n_expert,
+        n_expert_used=n_expert_used,
+        n_expert_shared=hparams.get("expert_shared_count", 0),
+        n_expert_ff=max(hparams.per_layer("expert_feed_forward_length", 0)),
+        n_swa=cache.n_swa,
+        layers=tuple(_layer(i, sizes, kept) for i, kept in enumerate(cache.layers)),
+        input_bytes=sizes.input_bytes,
+        output_bytes=sizes.output_bytes + (0 if is_embedding else sizes.tied_bytes),
+        is_mla=cache.is_mla,
+        is_embedding=is_embedding,
+        is_reranker=pooling == _POOLING_RANK or (is_embedding and sizes.has_classifier),
+        has_split_experts=sizes.has_split_experts,
+        has_fim=_has_fim(header),
+        chat_template=chat_template if isinstance(chat_template, str) else None,
+    )
+
+
+def _layer(index: int, sizes: TensorSizes, cache: LayerCache) -> LayerShape:
+    return LayerShape(
+        index=index,
+        dense_bytes=sizes.dense[index],
+        expert_bytes=sizes.expert[index],
+        n_expert_tensors=sizes.n_expert_tensors[index],
+        n_embd_k=cache.n_embd_k,
+        n_embd_v=cache.n_embd_v,
+        is_swa=cache.is_swa,
+        state_bytes=cache.state_bytes,
+    )
+
+
+def _expert_counts(hparams: Hparams) -> tuple[int, int]:
+    """Return the experts that there are and those used per token, as the metadata has them.
+
+    What is refused here makes llama.cpp abort its process (GGML_ASSERT in load_hparams).
+    """
+    n_expert = hparams.get("expert_count", 0)
+    n_used = max(hparams.per_layer("expert_used_count", 0))
+    if hparams.arch in ("hunyuan-dense", "hunyuan_vl") and n_expert <= 1:
+        return 0, 0
+    if n_expert > _MAX_EXPERTS or n_used > n_expert or (n_expert > 0 and n_used == 0):
+        raise GgufError(
+            f"{hparams.header.name}: {hparams.arch}.expert_count is {n_expert} and "
+            f"expert_used_count is {n_used}; llama.cpp takes at most {_MAX_EXPERTS} experts, of "
+            "which 1 or more are used"
+        )
+    return n_expert, n_used
+
+
+def _title(header: Header) -> str:
+    for key in ("general.name", "general.basename"):
+        title = header.metadata.get(key)
+        if isinstance(title, str) and title.strip():
+            return title.strip()
+    return header.get_str("general.architecture")
+
+
+def _quantization(header: Header) -> str:
+    """Return the file's quantization by name: what it says, else the type of most of its bytes."""
+    file_type = header.metadata.get("general.file_type")
+    if isinstance(file_type, int) and file_type & ~_FTYPE_GUESSED in FILE_TYPE_NAMES:
+        return FILE_TYPE_NAMES[file_type & ~_FTYPE_GUESSED]
+    by_type: Counter[str] = Counter()
+    for tensor in header.tensors:
+        by_type[tensor.type.name] += tensor.n_bytes
+    return by_type.most_common(1)[0][0] if by_type else "unknown"
+
+
+def _n_vocab(hparams: Hparams) -> int:
+    tokens = hparams.header.get_array("tokenizer.ggml.tokens")
+    return hparams.get("vocab_size", 0) if tokens is None else len(tokens)
+
+
+def _has_fim(header: Header) -> bool:
+    tokens = header.get_array("tokenizer.ggml.tokens")
+    return all(
+        any(f"tokenizer.ggml.{key}" in header.metadata for key in keys)
+        or (tokens is not None and any(map(tokens.contains_text, texts.split())))
+        for keys, texts in _FIM_TOKENS
+    )
