@@ -18,8 +18,19 @@ from shimpy.gguf.quants import FILE_TYPE_NAMES
 from shimpy.gguf.tensors import TensorSizes, sum_tensors
 
 _EMBEDDERS: Final = frozenset(
-    "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert "
-    "gemma-embedding llama-embed t5encoder".split()
+    {
+        "bert",
+        "eurobert",
+        "gemma-embedding",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "llama-embed",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "t5encoder",
+    }
 )
 # The architecture of mmproj files.
 PROJECTOR_ARCH: Final = "clip"
@@ -32,22 +43,21 @@ _MAX_EXPERTS: Final = 1024
 _FTYPE_GUESSED: Final = 1024
 
 # The tokens for filling in the middle, as llama.cpp knows them by key or text (llama-vocab.cpp).
-_FIM_TOKENS: Final = (
-    (
-        ("fim_pre_token_id", "prefix_token_id"),
-        "<|fim_prefix|> <fim-prefix> <fim_prefix> <\uff5cfim\u2581begin\uff5c> <PRE> \u2581<PRE> "
-        "<|code_prefix|> <|prefix|>",
-    ),
-    (
-        ("fim_suf_token_id", "suffix_token_id"),
-        "<|fim_suffix|> <fim-suffix> <fim_suffix> <\uff5cfim\u2581hole\uff5c> <SUF> \u2581<SUF> "
-        "<|code_suffix|> <|suffix|>",
-    ),
-    (
-        ("fim_mid_token_id", "middle_token_id"),
-        "<|fim_middle|> <fim-middle> <fim_middle> <\uff5cfim\u2581end\uff5c> <MID> \u2581<MID> "
-        "<|code_middle|> <|middle|>",
-    ),
+_FIM_KEYS: Final = (
+    ("fim_pre_token_id", "prefix_token_id"),
+    ("fim_suf_token_id", "suffix_token_id"),
+    ("fim_mid_token_id", "middle_token_id"),
+)
+_FIM_TEXTS: Final = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    # DeepSeek writes full-width bars and word-start signs.
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    ("<PRE>", "<SUF>", "<MID>"),
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),
+    ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),
+    ("<|prefix|>", "<|suffix|>", "<|middle|>"),
 )
 
 SPLIT_EXPERTS_EXPLANATION: Final = (
@@ -174,6 +184,7 @@ def describe_model(header: Header) -> ModelShape:
         n_vocab=_n_vocab(hparams),
         n_head=max(hparams.per_layer("attention.head_count", 0)),
         n_ff=max(hparams.per_layer("feed_forward_length", 0)),
+        n_embd_head=cache.n_embd_head,
         n_expert=n_expert,
         n_expert_used=n_expert_used,
         n_expert_shared=hparams.get("expert_shared_count", 0),
@@ -197,6 +208,8 @@ def _layer(index: int, sizes: TensorSizes, cache: LayerCache) -> LayerShape:
         dense_bytes=sizes.dense[index],
         expert_bytes=sizes.expert[index],
         n_expert_tensors=sizes.n_expert_tensors[index],
+        largest_expert_bytes=sizes.largest_expert[index],
+        largest_dense_bytes=sizes.largest_dense[index],
         n_embd_k=cache.n_embd_k,
         n_embd_v=cache.n_embd_v,
         is_swa=cache.is_swa,
@@ -247,9 +260,11 @@ def _n_vocab(hparams: Hparams) -> int:
 
 
 def _has_fim(header: Header) -> bool:
+    """Return whether the vocabulary has tokens for a prefix, a suffix and the middle."""
     tokens = header.get_array("tokenizer.ggml.tokens")
-    return all(
-        any(f"tokenizer.ggml.{key}" in header.metadata for key in keys)
-        or (tokens is not None and any(map(tokens.contains_text, texts.split())))
-        for keys, texts in _FIM_TOKENS
+    has_keys = all(
+        any(f"tokenizer.ggml.{key}" in header.metadata for key in keys) for keys in _FIM_KEYS
+    )
+    return has_keys or (
+        tokens is not None and any(all(map(tokens.contains_text, texts)) for texts in _FIM_TEXTS)
     )
