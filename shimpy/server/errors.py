@@ -1,0 +1,132 @@
+"""Errors as HTTP: the status of each, and the body that each dialect's clients expect.
+
+    InvalidName, InvalidOption, ContextExceeded, Unsupported, other UserErrors   400
+    Forbidden                                                                    403
+    NotFound                                                                     404
+    BodyTooLarge                                                                 413
+    Registry, Gguf: a model whose file is broken                                 422
+    QueueFull, Stopping                                        503 with Retry-After
+    DoesNotFit, other CapacityErrors                                             507
+    Load, WorkerDied, Protocol, other ShimpyErrors                               500
+    anything else: a bug, logged with its traceback under the request's id       500
+
+507 (insufficient storage) sets a model that this machine cannot hold apart from a failure, and
+422 one whose file cannot be used: trying again does not help. An unknown path is a text 404
+and a wrong method a text 405, as Ollama's clients know them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from shimpy.errors import (
+    CapacityError,
+    ContextExceededError,
+    NotFoundError,
+    QueueFullError,
+    RegistryError,
+    ShimpyError,
+    UserError,
+)
+
+
+class ForbiddenError(UserError):
+    """The request comes from a place that may not ask (a foreign Host or Origin)."""
+
+    code = "forbidden"
+
+
+class BodyTooLargeError(UserError):
+    """The request's body is over the configured limit."""
+
+    code = "body_too_large"
+
+
+class StoppingError(CapacityError):
+    """The daemon is going down and takes nothing new."""
+
+    code = "stopping"
+
+    def __init__(self, message: str = "the daemon is stopping; try again in a moment") -> None:
+        super().__init__(message)
+        self.retry_after_s = 5.0
+
+
+class InternalError(ShimpyError):
+    """A bug; what happened is in the log under the request's id."""
+
+    code = "internal"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"internal error; the daemon's log has it under request {request_id}")
+
+
+_STATUS: dict[type[ShimpyError], int] = {
+    ForbiddenError: 403,
+    BodyTooLargeError: 413,
+    UserError: 400,
+    NotFoundError: 404,
+    QueueFullError: 503,
+    StoppingError: 503,
+    CapacityError: 507,
+    RegistryError: 422,
+    ShimpyError: 500,
+}
+
+
+def status_of(error: ShimpyError) -> int:
+    """Return the HTTP status of an error, by its nearest class in the table above."""
+    return next(_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS)
+
+
+def headers_of(error: ShimpyError) -> dict[str, str]:
+    """Return the headers that an error's answer carries."""
+    if isinstance(error, QueueFullError | StoppingError):
+        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    return {}
+
+
+def error_body(path: str, error: ShimpyError) -> bytes:
+    """Return the JSON of an error in the dialect that the request's path belongs to."""
+    return msgspec.json.encode(_dialect(path)(error))
+
+
+def _dialect(path: str) -> Any:
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return anthropic_error
+    if path.startswith("/v1/"):
+        return openai_error
+    return ollama_error
+
+
+def ollama_error(error: ShimpyError) -> dict[str, Any]:
+    """Return `{"error": text}`, the form of Ollama and of shimpy's own routes."""
+    return {"error": error.message}
+
+
+def openai_error(error: ShimpyError) -> dict[str, Any]:
+    """Return OpenAI's error object; `code` is "context_length_exceeded" where theirs is."""
+    status = status_of(error)
+    kind = {404: "not_found_error", 403: "permission_error"}.get(
+        status,
+        "invalid_request_error" if status < 500 else "server_error",  # noqa: PLR2004
+    )
+    code = "context_length_exceeded" if isinstance(error, ContextExceededError) else error.code
+    param = getattr(error, "option", "") or None
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
+
+
+def anthropic_error(error: ShimpyError) -> dict[str, Any]:
+    """Return Anthropic's error object."""
+    kinds = {
+        400: "invalid_request_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        503: "overloaded_error",
+    }
+    kind = kinds.get(status_of(error), "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}

@@ -1,0 +1,109 @@
+"""The registry as requests see it: always fresh enough, scanned by one thread at a time.
+
+A scan reads directories and, for files it has not seen, headers: blocking work, so it runs
+in a thread. Whoever needs a scan while one runs joins it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from shimpy.errors import NotFoundError
+from shimpy.registry.model import Model
+
+# A scan's result is good for this many times as long as the scan took: a listing is milliseconds
+# old, and a flood of requests over a slow disk keeps at most one thread a sixth of its time busy.
+_AGE_PER_SCAN = 5.0
+WATCH_PERIOD_S = 30.0
+
+
+class Scanner(Protocol):
+    """What is needed of `registry.Registry`."""
+
+    def refresh(self) -> None:
+        """Look at the folders again; blocking."""
+
+    def models(self) -> tuple[Model, ...]:
+        """Return the models as of the last scan."""
+
+    def resolve(self, text: str) -> Model:
+        """Return the model that a name means, as of the last scan."""
+
+
+class FreshRegistry:
+    """The models of this machine; it belongs to the event loop's thread."""
+
+    def __init__(self, registry: Scanner, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._scan: asyncio.Future[None] | None = None
+        self._started_s = -float("inf")
+        self._took_s = 0.0
+
+    async def models(self) -> tuple[Model, ...]:
+        """Return all models, the broken ones too, sorted by name."""
+        await self._ensure_fresh()
+        return self._registry.models()
+
+    async def resolve(self, text: str) -> Model:
+        """Return the model that `text` means; a file that came or changed a moment ago counts.
+
+        Raises:
+            InvalidNameError: no name.
+            NotFoundError: no such model.
+        """
+        try:
+            model = self._registry.resolve(text)
+        except NotFoundError:
+            await self._ensure_fresh()
+            return self._registry.resolve(text)
+        if await asyncio.to_thread(_is_current, model):
+            return model
+        await self.scan()
+        return self._registry.resolve(text)
+
+    async def watch(self) -> None:
+        """Scan now and then, for ever, so that a vanished model does not linger unseen."""
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            await self._ensure_fresh()
+
+    async def scan(self) -> None:
+        """Look at the folders once more; a scan that began before this call does not count."""
+        if self._scan is not None:
+            await asyncio.shield(self._scan)
+        await self._join_or_start()
+
+    async def _ensure_fresh(self) -> None:
+        age_s = self._clock() - self._started_s
+        if self._scan is not None or age_s > _AGE_PER_SCAN * self._took_s:
+            await self._join_or_start()
+
+    async def _join_or_start(self) -> None:
+        if self._scan is None:
+            self._started_s = self._clock()
+            loop = asyncio.get_running_loop()
+            self._scan = loop.run_in_executor(None, self._registry.refresh)
+            self._scan.add_done_callback(self._on_scanned)
+        # A caller that is cancelled must not take the scan from the others.
+        await asyncio.shield(self._scan)
+
+    def _on_scanned(self, scan: asyncio.Future[None]) -> None:
+        self._scan = None
+        self._took_s = self._clock() - self._started_s
+        if not scan.cancelled():
+            # Seen here, so that a scan whose callers have all gone does not warn.
+            scan.exception()
+
+
+def _is_current(model: Model) -> bool:
+    """Whether the model's files are those that were scanned; touches the disk."""
+    try:
+        stats = [path.stat() for path in model.files]
+    except OSError:
+        return False
+    size = sum(stat.st_size for stat in stats)
+    return size == model.size_bytes and max(stat.st_mtime for stat in stats) == model.modified_s

@@ -1,0 +1,1 @@
+"""Ollama's dialect: its routes under /api, byte for byte where clients depend on it."""

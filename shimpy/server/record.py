@@ -1,0 +1,74 @@
+"""The one canonical log line of each request, and the request's id.
+
+Handlers fill the record as they learn things; the middleware in `app` logs it once, at the
+end, whatever the end was. No prompt or answer is ever in it.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+REQUEST_ID_HEADER = "X-Request-Id"
+_KEY = "shimpy.record"
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Rounded to what is worth reading: tenths of a millisecond.
+_DIGITS = 4
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    """What is known of one request; None: never learnt. Times in seconds."""
+
+    request_id: str
+    model: str | None = None
+    status: int | None = None
+    # Why it ended: "stop", "length", "client_gone", "stopping"; an error's code.
+    outcome: str | None = None
+    # An error's message.
+    error: str | None = None
+    n_prompt: int | None = None
+    n_cached: int | None = None
+    n_generated: int | None = None
+    # Time for a lease: the wait for a free model and, where it was needed, the load.
+    acquire_s: float | None = None
+    load_s: float | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    # From the request's arrival to its first token.
+    first_token_s: float | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return what is known, rounded, with the speed of the decode, for the log line."""
+        known: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is not None and name != "request_id":
+                known[name] = round(value, _DIGITS) if isinstance(value, float) else value
+        if self.decode_s and self.n_generated:
+            known["decode_per_s"] = round(self.n_generated / self.decode_s, 1)
+        return known
+
+
+def request_id_of(request: web.Request) -> str:
+    """Return the id that the client gave its request, or a new one."""
+    given = request.headers.get(REQUEST_ID_HEADER, "")
+    return given if _SANE_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def attach_record(request: web.Request) -> Record:
+    """Give a request its record and return it."""
+    record = Record(request_id=request_id_of(request))
+    request[_KEY] = record
+    return record
+
+
+def record_of(request: web.Request) -> Record:
+    """Return the record of a request that went through the app's middleware."""
+    record: Record = request[_KEY]
+    return record

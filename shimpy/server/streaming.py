@@ -1,0 +1,198 @@
+"""Streamed answers: NDJSON and server-sent events, with backpressure and a clean end.
+
+Until the first chunk is there nothing is sent, so a failure up to then is an ordinary
+status. After it, a failure is a last chunk in the dialect's own form. A client that leaves
+cancels its handler (the app runs with handler_cancellation), and with it the generator that
+makes the chunks; one that stops reading is dropped after WRITE_TIMEOUT_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from shimpy.errors import ShimpyError
+from shimpy.server.errors import InternalError, StoppingError
+from shimpy.server.record import Record
+
+NDJSON = "application/x-ndjson"
+SSE = "text/event-stream"
+JSON = "application/json; charset=utf-8"
+# llama.cpp's server pings after 30 s of silence; many proxies cut at 60 s.
+PING_AFTER_S = 15.0
+# A reader that takes nothing for this long holds a slot for nothing.
+WRITE_TIMEOUT_S = 60.0
+_PING = b": ping\n\n"
+
+encode_json = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamForm:
+    """How a dialect streams: its content type and what an error looks like inside a stream."""
+
+    content_type: str
+    error_chunk: Callable[[ShimpyError], bytes]
+
+
+async def stream_chunks(
+    request: web.Request,
+    chunks: AsyncGenerator[bytes, None],
+    form: StreamForm,
+    *,
+    record: Record,
+    is_stopping: Callable[[], bool],
+    on_bug: Callable[[BaseException], None],
+) -> web.StreamResponse:
+    """Send chunks as they come and return the response, closed.
+
+    Args:
+        request: the request that is answered.
+        chunks: whole chunks in the dialect's form; closed here, whatever happens.
+        form: the dialect's form.
+        record: learns of an error that goes into the stream.
+        is_stopping: whether the daemon is going down, which is then the reason of a cancel.
+        on_bug: called with an exception that is no ShimpyError.
+
+    Raises:
+        ShimpyError: it came before the first chunk.
+    """
+    stream = _Stream(request, form.content_type)
+    async with aclosing(chunks):
+        try:
+            await _pump(chunks, stream)
+        except ShimpyError as error:
+            if not stream.is_open:
+                raise
+            await stream.finish_with(form.error_chunk(error), record, error)
+        except asyncio.CancelledError:
+            if stream.is_open and is_stopping():
+                stopping = StoppingError()
+                await stream.finish_with(form.error_chunk(stopping), record, stopping)
+            raise
+        except (ConnectionError, TimeoutError):
+            # The client left or stopped reading; there is nobody to tell.
+            record.outcome = "client_gone"
+            stream.abort()
+        except Exception as error:
+            if not stream.is_open:
+                raise
+            on_bug(error)
+            internal = InternalError(record.request_id)
+            await stream.finish_with(form.error_chunk(internal), record, internal)
+    return stream.response
+
+
+async def _pump(chunks: AsyncGenerator[bytes, None], stream: _Stream) -> None:
+    if not stream.content_type.startswith(SSE):
+        async for chunk in chunks:
+            await stream.write(chunk)
+        await stream.close()
+        return
+    pinger = asyncio.ensure_future(stream.ping_when_silent())
+    try:
+        async for chunk in chunks:
+            await stream.write(chunk)
+        await stream.close()
+    finally:
+        pinger.cancel()
+        await asyncio.gather(pinger, return_exceptions=True)
+
+
+class _Stream:
+    """One streamed response; writes are whole chunks, from the handler and from the pinger."""
+
+    def __init__(self, request: web.Request, content_type: str) -> None:
+        self._request = request
+        self.content_type = content_type
+        self.response = web.StreamResponse(headers={"Content-Type": content_type})
+        if content_type.startswith(SSE):
+            self.response.headers["Cache-Control"] = "no-cache"
+            # nginx would collect the events otherwise.
+            self.response.headers["X-Accel-Buffering"] = "no"
+        self.is_open = False
+        self._lock = asyncio.Lock()
+        self._last_write_s = self._now()
+
+    async def write(self, chunk: bytes) -> None:
+        """Send one chunk; waits while the client reads slower than that.
+
+        Raises:
+            TimeoutError: it took nothing for WRITE_TIMEOUT_S.
+            ConnectionError: it has gone.
+        """
+        async with self._lock, asyncio.timeout(WRITE_TIMEOUT_S):
+            if not self.is_open:
+                await self.response.prepare(self._request)
+                self.is_open = True
+            await self.response.write(chunk)
+        self._last_write_s = self._now()
+
+    async def close(self) -> None:
+        """End the response properly."""
+        if self.is_open:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await self.response.write_eof()
+
+    async def finish_with(self, chunk: bytes, record: Record, error: ShimpyError) -> None:
+        """Send an error as the last chunk, as far as the client still listens."""
+        record.outcome, record.error = error.code, error.message
+        try:
+            await self.write(chunk)
+            await self.close()
+        except (ConnectionError, TimeoutError):
+            self.abort()
+
+    def abort(self) -> None:
+        """Drop the connection: the client must not take this for a whole answer."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+    async def ping_when_silent(self) -> None:
+        """Send a comment whenever nothing was sent for PING_AFTER_S; ends with the client."""
+        while True:
+            wait_s = self._last_write_s + PING_AFTER_S - self._now()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+                continue
+            try:
+                await self.write(_PING)
+            except (ConnectionError, TimeoutError):
+                self.abort()
+                return
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def ndjson_line(value: Any) -> bytes:
+    """Return a value as one line of NDJSON."""
+    return encode_json(value) + b"\n"
+
+
+def sse_data(text: str | bytes) -> bytes:
+    """Return one server-sent event; each line of the text becomes a `data:` line.
+
+    Source: WHATWG HTML, 9.2.6: CR, LF and CRLF all end a line; one space after the colon is
+    not part of the data.
+    """
+    data = text.encode() if isinstance(text, str) else text
+    lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    return b"".join(b"data: " + line + b"\n" for line in lines) + b"\n"
+
+
+def sse_json(value: Any, *, event: str | None = None) -> bytes:
+    """Return a value as one server-sent event of JSON, with an event name where one is given."""
+    name = f"event: {event}\n".encode() if event else b""
+    return name + b"data: " + encode_json(value) + b"\n\n"
+
+
+def json_response(value: Any, *, status: int = 200) -> web.Response:
+    """Return a value as a JSON answer."""
+    return web.Response(body=encode_json(value), status=status, headers={"Content-Type": JSON})
