@@ -57,14 +57,20 @@ class Backend(Protocol):
     n_batch: int
     n_vocab: int
     n_embd: int
+    # Whole texts start with `bos_id` where `add_bos`; -1: the vocabulary has no such token.
     add_bos: bool
     bos_id: int
+    eos_id: int
+    # What the model wants behind a whole text to embed: BERT's [SEP]; mostly nothing.
+    end_ids: list[int]
     has_fim: bool
     has_encoder: bool
     # Positions of a slot can be moved (context shift).
     can_shift: bool
     # A part of a slot can be dropped or copied; False for recurrent models: whole slots only.
     can_split: bool
+    # Tensors that llama.cpp said it put elsewhere than the layer: experts kept in host memory.
+    n_overridden: int
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         """Return the text's tokens, without start or end tokens."""
@@ -104,7 +110,15 @@ class Backend(Protocol):
         """Move the positions [start, end) of a slot by `delta`."""
 
     def embed(self, inputs: Sequence[Sequence[int]], *, normalize: bool) -> bytes:
-        """Return one float32 vector of `n_embd` for each input; each fits one batch."""
+        """Return one little-endian float32 vector of `n_embd` for each input, in order.
+
+        An input has its start and end tokens (`bos_id`, `end_ids`) and at most `n_ctx` tokens.
+
+        Raises:
+            UnsupportedError: the context was not loaded for embeddings.
+            ContextExceededError: an input is empty or too long.
+            WorkerError: llama.cpp refused the batch.
+        """
 
     def set_threads(self, n_threads: int) -> None:
         """Use this many threads from the next decode on."""
