@@ -1,0 +1,238 @@
+"""Renders a conversation as a prompt, by the model's own Jinja template where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from shimpy.chat.adapt import adapt, message_dict, system_into_user, tidy, tool_dict
+from shimpy.chat.families import choose_family
+from shimpy.chat.guard import ControlTokens, Guard
+from shimpy.chat.messages import ChatMessage, ToolSpec
+from shimpy.chat.probes import probe_traits
+from shimpy.chat.sandbox import CompiledTemplate, TemplateFault, compile_template, strftime_now
+from shimpy.chat.traits import Traits, think_variables
+from shimpy.errors import UserError
+from shimpy.protocol.messages import PromptPart, Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A prompt, and how it must be submitted."""
+
+    parts: list[PromptPart]
+    # False: the template wrote the start token itself.
+    add_bos: bool = True
+    # Strings that end an answer, for families whose end is no token.
+    stop: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The prompt as one text."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+class ChatTemplate:
+    """A model's prompt format. Immutable: it may render in several threads at once."""
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        compiled: CompiledTemplate,
+        traits: Traits,
+        control: ControlTokens,
+        specials: Mapping[str, str],
+        family: str = "",
+        stop: tuple[str, ...] = (),
+        problem: str = "",
+        with_tools: ChatTemplate | None = None,
+    ) -> None:
+        self.source = source
+        self.traits = traits
+        # The name of the fallback that is used; "": the model's own template.
+        self.family = family
+        self.stop = stop
+        # Why the model's own template can't be used; "": it can, or it has none.
+        self.problem = problem
+        self._compiled = compiled
+        self._control = control
+        self._specials = specials
+        self._with_tools = with_tools
+
+    @classmethod
+    def compile(
+        cls,
+        source: str | None,
+        *,
+        control_tokens: Iterable[str] = (),
+        arch: str = "",
+        name: str = "",
+        bos_text: str = "",
+        eos_text: str = "",
+        tool_source: str | None = None,
+        strict: bool = False,
+    ) -> ChatTemplate:
+        """Compile a template, or the family's where the model has none that works.
+
+        `control_tokens` are those that `vocabulary.control_tokens` gives; `tool_source` is the
+        file's separate template for tools (tokenizer.chat_template.tool_use). Takes some 10 to
+        100 ms, as the template is tried out: don't call it on the event loop.
+
+        Raises:
+            UserError: `strict`, and the template can't be used.
+        """
+        control = ControlTokens(control_tokens)
+        specials = {"bos_token": bos_text, "eos_token": eos_text}
+        problem = ""
+        if source and source.strip():
+            try:
+                own = cls._make(source, control, specials)
+            except TemplateFault as fault:
+                problem = str(fault)
+                if strict:
+                    raise UserError(f"this chat template can't be used: {problem}") from fault
+            else:
+                if tool_source:
+                    own._with_tools = cls._make_or_none(tool_source, control, specials)  # noqa: SLF001 - still being built
+                return own
+        family = choose_family(control, arch=arch, name=name)
+        made = cls._make(family.template, control, specials)
+        made.family, made.stop, made.problem = family.name, family.stop, problem
+        return made
+
+    @classmethod
+    def _make(
+        cls, source: str, control: ControlTokens, specials: Mapping[str, str]
+    ) -> ChatTemplate:
+        compiled = compile_template(source)
+        traits = probe_traits(compiled, specials)
+        return cls(
+            source=source, compiled=compiled, traits=traits, control=control, specials=specials
+        )
+
+    @classmethod
+    def _make_or_none(
+        cls, source: str, control: ControlTokens, specials: Mapping[str, str]
+    ) -> ChatTemplate | None:
+        try:
+            return cls._make(source, control, specials)
+        except TemplateFault:
+            return None
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the model's own template describes tools; the generic way works for all."""
+        return self.traits.tools or (self._with_tools is not None and self._with_tools.traits.tools)
+
+    @property
+    def supports_thinking(self) -> bool:
+        """Whether the model thinks before it answers, as far as its template tells."""
+        return self.traits.thinking
+
+    def for_tools(self) -> ChatTemplate:
+        """Return the template that is used when there are tools: this one, mostly."""
+        return self._with_tools or self
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        now: datetime,
+        tools: Sequence[ToolSpec] = (),
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        think: bool | str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Rendered:
+        """Return the prompt of a conversation.
+
+        `think` is None for the template's own default, or a level such as "high";
+        `continue_final` leaves the last message open, which must be an assistant's;
+        `variables` are more values for the template.
+
+        Raises:
+            UserError: the template refuses the conversation, or fails on it.
+        """
+        if tools and self._with_tools is not None:
+            return self._with_tools.render(
+                messages,
+                now=now,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final=continue_final,
+                think=think,
+                variables=variables,
+            )
+        extra = {
+            **self._specials,
+            **think_variables(think=think, literals=self._compiled.literals),
+            "strftime_now": strftime_now(now),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt and not continue_final,
+        }
+        request = _Request(tools=tools, continue_final=continue_final, variables=variables or {})
+        faults = []
+        for change in _LADDER:
+            adapted = change(adapt(messages, tools, self.traits))
+            try:
+                return self._render_once(adapted, request, extra)
+            except TemplateFault as fault:
+                faults.append(fault)
+                if fault.kind == "exhausted":
+                    break
+        raise UserError(f"the model's chat template can't render this: {faults[0]}") from faults[0]
+
+    def _render_once(
+        self, messages: Sequence[ChatMessage], request: _Request, extra: Mapping[str, Any]
+    ) -> Rendered:
+        guard = Guard(self._control, self._compiled.literals)
+        dicts = [message_dict(message, self.traits) for message in messages]
+        tools = [tool_dict(tool) for tool in request.tools] if self.traits.tools else []
+        guard.reserve(dicts, tools, request.variables, self.source, self._specials)
+        cut = guard.spare() if request.continue_final else ""
+        if cut:
+            last = replace(messages[-1], content=messages[-1].content + cut)
+            dicts[-1] = message_dict(last, self.traits)
+        known = {
+            **extra,
+            **guard.protect_value(request.variables),
+            "messages": guard.protect_value(dicts),
+            "tools": guard.protect_value(tools) or None,
+        }
+        text = self._compiled.render(known, n_input_chars=guard.n_chars)
+        if cut:
+            text, found, _ = text.partition(cut)
+            if not found:
+                raise TemplateFault("the template does not print the last message")
+        bos = self._specials["bos_token"]
+        return Rendered(
+            parts=guard.split(text),
+            add_bos=not (bos and text.startswith(bos)),
+            stop=self.stop,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    tools: Sequence[ToolSpec]
+    continue_final: bool
+    variables: Mapping[str, Any]
+
+
+def _as_is(messages: list[ChatMessage]) -> list[ChatMessage]:
+    return messages
+
+
+def _tidy_without_system(messages: list[ChatMessage]) -> list[ChatMessage]:
+    return tidy(system_into_user(tidy(messages)))
+
+
+# What is tried, in this order, when a template refuses a conversation.
+_LADDER: tuple[Callable[[list[ChatMessage]], list[ChatMessage]], ...] = (
+    _as_is,
+    tidy,
+    _tidy_without_system,
+)
