@@ -32,8 +32,14 @@ _EMBEDDERS: Final = frozenset(
         "t5encoder",
     }
 )
-# The architecture of mmproj files.
+# Files that are no models but belong to one, by their architecture and by general.type.
 PROJECTOR_ARCH: Final = "clip"
+_PARTS: Final = {
+    PROJECTOR_ARCH: "a projector (mmproj) for images or sound; put it beside its model",
+    "adapter": "a LoRA adapter; it is used together with its model",
+    "controlvector": "a control vector; it is used together with its model",
+    "imatrix": "an importance matrix, which is made for quantizing",
+}
 # enum llama_pooling_type: none 0, mean 1, cls 2, last 3, rank 4.
 _POOLING_NONE: Final = 0
 _POOLING_RANK: Final = 4
@@ -154,17 +160,30 @@ class ModelShape:
         return SPLIT_EXPERTS_EXPLANATION if self.has_split_experts else None
 
 
+class NotAModelError(GgufError):
+    """A GGUF file is whole, but holds something that only serves a model."""
+
+    def __init__(self, message: str, *, is_projector: bool) -> None:
+        super().__init__(message)
+        self.is_projector = is_projector
+
+
 def describe_model(header: Header) -> ModelShape:
     """Return the shape of the model that a header describes.
 
     Raises:
-        GgufError: the file holds no language model, or lacks what llama.cpp demands of one.
+        NotAModelError: the file holds a projector, an adapter or the like.
+        GgufError: it lacks what llama.cpp demands of one.
     """
-    if header.metadata.get("general.architecture") == PROJECTOR_ARCH:
-        raise GgufError(
-            f"{header.name}: is a projector (mmproj) for images or sound and no model by itself; "
-            "put it beside its model"
-        )
+    for key in ("general.architecture", "general.type"):
+        part = _PARTS.get(header.get_str(key, ""))
+        if part is not None:
+            raise NotAModelError(
+                f"{header.name}: is no model by itself but {part}",
+                is_projector=header.metadata.get("general.architecture") == PROJECTOR_ARCH,
+            )
+    if not header.tensors:
+        raise GgufError(f"{header.name}: has no tensors, only metadata (a vocabulary or template)")
     hparams = Hparams(header)
     cache = describe_cache(hparams)
     sizes = sum_tensors(header.tensors, n_loaded=hparams.n_layer - n_nextn(hparams))

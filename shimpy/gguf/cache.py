@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from itertools import islice
+from typing import Final, cast
 
 from shimpy.errors import GgufError
 from shimpy.gguf.header import Header
@@ -157,13 +158,13 @@ class Hparams:
         array = self.header.get_array(f"{self.arch}.{key}")
         if array is None:
             return None
-        values = [value for value in array if isinstance(value, int)]
-        if len(values) < self.n_layer or len(values) != len(array) or min(values) < 0:
+        values = tuple(islice(array, self.n_layer))
+        if len(values) < self.n_layer or not all(isinstance(v, int) and v >= 0 for v in values):
             raise GgufError(
                 f"{self.header.name}: metadata {self.arch}.{key} is no list of {self.n_layer} "
-                f"numbers, one per layer (it has {len(array)})"
+                f"whole numbers, one per layer (it has {len(array)} values)"
             )
-        return tuple(values[: self.n_layer])
+        return cast("tuple[int, ...]", values)
 
     def per_layer(self, key: str, default: int | None = None) -> tuple[int, ...]:
         """Return one number per layer, be it a list in the file or one number for all."""

@@ -54,7 +54,8 @@ class GgufArray:
     def __iter__(self) -> Iterator[Scalar]:
         if self.value_type == STRING_TYPE:
             return self._iter_strings()
-        return iter(struct.unpack(f"<{self.count}{SCALAR_FORMATS[self.value_type]}", self.raw))
+        scalars = struct.iter_unpack("<" + SCALAR_FORMATS[self.value_type], self.raw)
+        return (value for (value,) in scalars)
 
     def values(self) -> tuple[Scalar, ...]:
         """Return all values, decoded."""

@@ -14,9 +14,10 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
+from io import SEEK_END
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import BinaryIO, Final
 
 from shimpy.errors import GgufError
 from shimpy.gguf.header import (
@@ -130,18 +131,24 @@ def read_header(path: Path) -> Header:
 
 def _read_file(path: Path) -> Header:
     try:
+        # Opening a pipe would block; a folder or device has no header.
+        if path.exists() and not path.is_file():
+            raise GgufError(f"{path}: is no file but a folder, pipe or device")
         with path.open("rb") as file:
-            size = file.seek(0, 2)
+            size = file.seek(0, SEEK_END)
             if size == 0:
                 raise GgufError(f"{path}: the file is empty")
-            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as view:
-                header = parse_header(view, name=str(path))
+            with _map(file, size) as view:
+                return check_data(parse_header(view, name=str(path)), size)
     except OSError as error:
         raise GgufError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def _map(file: BinaryIO, size: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except ValueError as error:
-        # mmap's word for a file that shrank since its size was taken.
-        raise GgufError(f"{path}: the file changed while it was read") from error
-    return check_data(header, size)
+        raise GgufError(f"{file.name}: the file shrank while it was opened") from error
 
 
 def _merge(parts: list[Header]) -> Header:
@@ -274,7 +281,7 @@ class _Parser:
 
     def _parse_alignment(self, metadata: Mapping[str, MetadataValue]) -> int:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise self._error(f"general.alignment is {alignment!r}, not a power of two")
         return alignment
 
