@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from shimpy.errors import InvalidNameError
 
 DEFAULT_TAG = "latest"
-MAX_NAME_CHARS = 255
+# A file's name has at most 255; folders may come before it.
+MAX_NAME_CHARS = 512
 
 # [host/][namespace/]name[:tag]; every part starts with a letter or digit, so no "..".
 _PART = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9_-])?"
 _NAME = re.compile(rf"(?P<name>{_PART}(?:/{_PART})*)(?::(?P<tag>{_PART}))?")
 
-# llama.cpp's file types as they appear in file names, longest first where one begins another.
+# A quantization at the end of a file's stem, set off from the name: the types of llama.cpp and of
+# its forks (IQ4_KSS), mixes (Q4_K_M, Q3_K_XL, Q4_0_4_8), and Unsloth's "UD-" before them.
 _QUANTIZATION = re.compile(
-    r"[-._]?(?P<tag>(?:ud-)?(?:i?q\d(?:_\d+)?(?:_[a-z]{1,3}){0,2}|tq\d_\d|f16|f32|bf16|fp16|fp32"
+    r"[-._](?P<tag>(?:ud-)?(?:i?q\d+(?:_\d+)*(?:_[a-z]{1,3}){0,2}|tq\d_\d|bf16|fp?16|fp?32"
     r"|mxfp4(?:_moe)?|nvfp4))$",
     re.IGNORECASE,
 )
-_SHARD = re.compile(r"-(?P<index>\d{5})-of-(?P<count>\d{5})$")
+_SHARD = re.compile(r"-(?P<index>[0-9]{5})-of-(?P<count>[0-9]{5})$")
 _CANONICAL_TAGS = {"fp16": "f16", "fp32": "f32"}
 
 
@@ -76,10 +78,13 @@ def name_from_stem(stem: str) -> ModelName:
     """
     shard = parse_shard(stem)
     base = shard[0] if shard else stem
-    match = _QUANTIZATION.search(base)
-    tag = DEFAULT_TAG
-    if match is not None and match.start() > 0:
-        tag = match["tag"].lower()
-        base = base[: match.start()]
-    name = re.sub(r"[^a-z0-9._-]+", "-", base.lower()).strip("._-") or "model"
-    return ModelName(name, _CANONICAL_TAGS.get(tag, tag))
+    match = _QUANTIZATION.search(base, 1)
+    if match is None:
+        return ModelName(name_part(base))
+    tag = match["tag"].lower()
+    return ModelName(name_part(base[: match.start()]), _CANONICAL_TAGS.get(tag, tag))
+
+
+def name_part(text: str) -> str:
+    """Return a text, say a folder's name, as a part of a name; "model" if nothing is left."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-") or "model"
