@@ -17,7 +17,7 @@ SHORT_ID_CHARS = 9
 def message_dict(message: ChatMessage, traits: Traits) -> dict[str, Any]:
     """Return a message as Hugging Face's chat templates expect it."""
     result: dict[str, Any] = {"role": message.role, "content": _content(message, traits)}
-    if message.thinking:
+    if message.thinking and not traits.thinking_parts:
         result |= dict.fromkeys(traits.thinking_keys, message.thinking)
     if message.tool_calls:
         result["tool_calls"] = [_call_dict(call, traits) for call in message.tool_calls]
@@ -31,6 +31,9 @@ def message_dict(message: ChatMessage, traits: Traits) -> dict[str, Any]:
 def _content(message: ChatMessage, traits: Traits) -> str | list[dict[str, str]] | None:
     if message.tool_calls and not message.content and traits.null_content:
         return None
+    if message.thinking and traits.thinking_parts:
+        thinking = {"type": "thinking", "thinking": message.thinking}
+        return [thinking, {"type": "text", "text": message.content}]
     if traits.typed_content:
         return [{"type": "text", "text": message.content}]
     return message.content
@@ -75,6 +78,8 @@ def adapt(
         result = with_system(result, describe_tools(tools))
     if not (traits.tool_calls and traits.tool_results):
         result = [_without_tools(message) for message in result]
+    elif traits.one_call:
+        result = one_call_each(result)
     if not traits.system:
         result = system_into_user(result)
     return result
@@ -136,7 +141,7 @@ def tidy(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
     system = _join([m.content for m in messages if m.role == "system"])
     result: list[ChatMessage] = []
-    for message in _one_call_each([m for m in messages if m.role != "system"]):
+    for message in one_call_each([m for m in messages if m.role != "system"]):
         last = result[-1] if result else None
         if last is None and message.role != "user":
             result.append(ChatMessage(role="user"))
@@ -152,6 +157,19 @@ def tidy(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     return [ChatMessage(role="system", content=system), *result] if system else result
 
 
+def merge_thinking(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Return the conversation with what was said before a call as part of the thinking.
+
+    gpt-oss's template takes one of the two in a message that makes a call, not both.
+    """
+    return [
+        replace(m, thinking=_join([m.thinking, m.content]), content="")
+        if m.tool_calls and m.thinking and m.content
+        else m
+        for m in messages
+    ]
+
+
 def _can_merge(first: ChatMessage, second: ChatMessage) -> bool:
     return (
         first.role == second.role
@@ -161,7 +179,8 @@ def _can_merge(first: ChatMessage, second: ChatMessage) -> bool:
     )
 
 
-def _one_call_each(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+def one_call_each(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Return the conversation with a message of its own for each call, its result behind it."""
     result: list[ChatMessage] = []
     i = 0
     while i < len(messages):

@@ -20,6 +20,7 @@ _ANSWER = "probeanswerwords"
 _THOUGHT = "probethoughtwords"
 _RESULT = "proberesultwords"
 _TOOL = "probe_tool"
+_OTHER_TOOL = "probe_second_tool"
 _KEY = "probe_key"
 _VALUE = "probe_value"
 _CLOSING_TAGS = ("</think>", "[/THINK]", "<|END_THINKING|>", "</thinking>", "</seed:think>")
@@ -110,8 +111,21 @@ def _with_calls(probe: _Probe, traits: Traits) -> Traits:
         text = probe.text([_user, call, _result], way, tools=[_SPEC])
         sample = text.rpartition(_USER)[2].partition(_RESULT)[0]
         if _call_is_whole(sample):
-            return replace(way, tool_calls=True, tool_results=_RESULT in text, call_sample=sample)
+            return replace(
+                way,
+                tool_calls=True,
+                tool_results=_RESULT in text,
+                call_sample=sample,
+                one_call=not _prints_two_calls(probe, way),
+            )
     return traits
+
+
+def _prints_two_calls(probe: _Probe, traits: Traits) -> bool:
+    other = replace(_CALL, id="call_2", name=_OTHER_TOOL)
+    both = ChatMessage(role="assistant", tool_calls=(_CALL, other))
+    text = probe.text([_user, both, _result, replace(_result, tool_call_id="call_2")], traits)
+    return _OTHER_TOOL in text
 
 
 def _ways(traits: Traits) -> Iterator[Traits]:
@@ -130,18 +144,29 @@ def _call_is_whole(text: str) -> bool:
 def _with_thinking(probe: _Probe, traits: Traits, template: CompiledTemplate) -> Traits:
     on = probe.text([_user], traits, think=True)
     off = probe.text([_user], traits, think=False)
-    answer = ChatMessage(role="assistant", content=_ANSWER, thinking=_THOUGHT)
-    text = probe.text([_user, answer], traits)
-    sample = text.rpartition(_USER)[2].partition(_ANSWER)[0] if _THOUGHT in text else ""
-    if not sample and traits.tool_calls:
-        call = ChatMessage(role="assistant", thinking=_THOUGHT, tool_calls=(_CALL,))
-        text = probe.text([_user, call, _result], traits, tools=[_SPEC])
-        sample = text.rpartition(_USER)[2].partition(_TOOL)[0] if _THOUGHT in text else ""
+    for parts in (False, True) if "thinking" in template.keys else (False,):
+        traits = replace(traits, thinking_parts=parts)
+        if sample := _thinking_sample(probe, traits):
+            break
+    else:
+        traits = replace(traits, thinking_parts=False)
+        sample = ""
     closes = any(tag in text for text in template.keys for tag in _CLOSING_TAGS)
     opens = any(tag.replace("/", "") in traits.prompt_end for tag in _CLOSING_TAGS)
     return replace(
         traits,
         thinking_switch=bool(on and off) and on != off,
         thinking_sample=sample,
-        thinking=on != off or bool(sample) or closes or opens,
+        thinking=(bool(on and off) and on != off) or bool(sample) or closes or opens,
     )
+
+
+def _thinking_sample(probe: _Probe, traits: Traits) -> str:
+    """Return what is printed before an answer that was thought about; "": no thought."""
+    answer = ChatMessage(role="assistant", content=_ANSWER, thinking=_THOUGHT)
+    before = probe.text([_user, answer], traits).rpartition(_USER)[2].partition(_ANSWER)[0]
+    if _THOUGHT not in before and traits.tool_calls:
+        call = ChatMessage(role="assistant", thinking=_THOUGHT, tool_calls=(_CALL,))
+        text = probe.text([_user, call, _result], traits, tools=[_SPEC])
+        before = text.rpartition(_USER)[2].partition(_TOOL)[0]
+    return before if _THOUGHT in before else ""

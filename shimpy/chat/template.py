@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from shimpy.chat.adapt import adapt, message_dict, system_into_user, tidy, tool_dict
+from shimpy.chat.adapt import adapt, merge_thinking, message_dict, system_into_user, tidy, tool_dict
 from shimpy.chat.families import choose_family
 from shimpy.chat.guard import ControlTokens, Guard
 from shimpy.chat.messages import ChatMessage, ToolSpec
@@ -124,8 +124,9 @@ class ChatTemplate:
 
     @property
     def supports_tools(self) -> bool:
-        """Whether the model's own template describes tools; the generic way works for all."""
-        return self.traits.tools or (self._with_tools is not None and self._with_tools.traits.tools)
+        """Whether the model's own template knows tools; the generic way works for all."""
+        traits = self.for_tools().traits
+        return traits.tools or (traits.tool_calls and traits.tool_results)
 
     @property
     def supports_thinking(self) -> bool:
@@ -174,11 +175,14 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt and not continue_final,
         }
         request = _Request(tools=tools, continue_final=continue_final, variables=variables or {})
-        faults = []
+        adapted = adapt(messages, tools, self.traits)
+        faults: list[TemplateFault] = []
         for change in _LADDER:
-            adapted = change(adapt(messages, tools, self.traits))
+            changed = change(adapted)
+            if faults and changed == adapted:
+                continue
             try:
-                return self._render_once(adapted, request, extra)
+                return self._render_once(changed, request, extra)
             except TemplateFault as fault:
                 faults.append(fault)
                 if fault.kind == "exhausted":
@@ -222,17 +226,22 @@ class _Request:
     variables: Mapping[str, Any]
 
 
-def _as_is(messages: list[ChatMessage]) -> list[ChatMessage]:
+def _as_is(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
     return messages
 
 
-def _tidy_without_system(messages: list[ChatMessage]) -> list[ChatMessage]:
-    return tidy(system_into_user(tidy(messages)))
+def _tidy(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    return tidy(merge_thinking(messages))
+
+
+def _tidy_without_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    return tidy(system_into_user(_tidy(messages)))
 
 
 # What is tried, in this order, when a template refuses a conversation.
-_LADDER: tuple[Callable[[list[ChatMessage]], list[ChatMessage]], ...] = (
+_LADDER: tuple[Callable[[Sequence[ChatMessage]], Sequence[ChatMessage]], ...] = (
     _as_is,
-    tidy,
+    merge_thinking,
+    _tidy,
     _tidy_without_system,
 )

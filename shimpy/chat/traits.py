@@ -25,8 +25,12 @@ class Traits:
     text_arguments: bool = False
     null_content: bool = False
     short_ids: bool = False
+    # Of several calls in one message only the first is printed, or they are refused.
+    one_call: bool = False
     # Under which keys the template reads what an assistant thought.
     thinking_keys: tuple[str, ...] = ()
+    # Thinking is a part of the content: {"type": "thinking", "thinking": ...}.
+    thinking_parts: bool = False
     # The prompt depends on whether thinking is asked for.
     thinking_switch: bool = False
     # The model thinks: there is a switch, or the template knows thinking tags.
