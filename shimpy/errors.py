@@ -14,7 +14,8 @@
     │   └── GgufError               a file is not a GGUF model that can be read
     ├── WorkerError             a worker failed
     │   ├── LoadError               llama.cpp could not load the model
-    │   └── WorkerDiedError         the process ended while it was needed
+    │   ├── WorkerDiedError         the process ended while it was needed
+    │   └── HeldBackError           the model's workers died too often in a row
     ├── ProtocolError           the two ends of a channel do not understand each other
     └── DaemonError             the daemon answered a client with an error
         └── UnreachableError        no daemon answers at the address
@@ -138,6 +139,16 @@ class WorkerDiedError(WorkerError):
     """A worker's process ended while a request needed it."""
 
     code = "worker_died"
+
+
+class HeldBackError(WorkerError):
+    """A model's workers died several times in a row; it is tried again after `retry_after_s`."""
+
+    code = "held_back"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ProtocolError(ShimpyError):

@@ -1,0 +1,69 @@
+"""What the core wants done; the shell carries each out and decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shimpy.errors import ShimpyError
+from shimpy.placement.placement import Rung
+from shimpy.registry.model import Model
+from shimpy.scheduler.states import Event, RequestId, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartWorker:
+    """Start a worker and let it load; ends in on_ready, on_load_failed or on_worker_exit."""
+
+    worker: WorkerId
+    model: Model
+    rung: Rung
+    n_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopWorker:
+    """Stop a worker, by force when it must be; ends in on_worker_exit."""
+
+    worker: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Give a request its lease."""
+
+    request: RequestId
+    worker: WorkerId
+    # How long the request waited for the model to load; 0 when it was loaded already.
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """Tell a waiting request that it will not be served."""
+
+    request: RequestId
+    error: ShimpyError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetThreads:
+    """Let a worker use this many threads from its next step on."""
+
+    worker: WorkerId
+    n_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Take a snapshot of the hardware; ends in on_hardware or on_probe_failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """Tell the world what happened and why: the log, `ps`, /api/events."""
+
+    event: Event
+
+
+Effect = StartWorker | StopWorker | Grant | Reject | SetThreads | Probe | Note

@@ -1,0 +1,168 @@
+"""One request's hold on a resident: how the server talks to a worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+
+import msgspec
+
+from shimpy.errors import (
+    CapacityError,
+    ContextExceededError,
+    ProtocolError,
+    ShimpyError,
+    WorkerError,
+)
+from shimpy.placement.placement import Rung
+from shimpy.protocol.messages import (
+    Cancel,
+    Delta,
+    Done,
+    Embed,
+    Embedded,
+    Failed,
+    Prefilled,
+    PromptPart,
+    Ready,
+    Submit,
+    Tokenize,
+    Tokenized,
+)
+from shimpy.scheduler.mailbox import MAX_UNREAD_BYTES, Mail, Mailbox
+from shimpy.scheduler.worker import Worker
+from shimpy.units import format_bytes
+
+
+class Lease:
+    """Keeps a model loaded while it is held; good for any number of calls, also at once."""
+
+    def __init__(self, *, worker: Worker, ready: Ready, rung: Rung, load_s: float) -> None:
+        self._worker = worker
+        # What the worker reported when it had loaded.
+        self.ready = ready
+        self.rung = rung
+        # Seconds that this request waited for the model to load; 0 when it was resident.
+        self.load_s = load_s
+        # Whether the worker has served anything under this lease to its end.
+        self.completed = False
+
+    async def generate(self, submit: Submit) -> AsyncGenerator[Delta | Prefilled | Done, None]:
+        """Yield what a generation gives, Done last; `submit.request` is chosen here.
+
+        Text that waits for a slow reader runs together. Closing the generator before its end
+        cancels the generation; wrap it in `contextlib.aclosing`.
+
+        Raises:
+            ShimpyError: of the kind that the worker reported.
+            WorkerDiedError: the worker ended; says why.
+            CapacityError: the reader fell more than MAX_UNREAD_BYTES behind.
+        """
+        with self._open() as (request, mailbox):
+            self._worker.send(msgspec.structs.replace(submit, request=request))
+            await self._worker.wait_writable()
+            while True:
+                if mailbox.is_overfull:
+                    raise CapacityError(
+                        f"more than {format_bytes(MAX_UNREAD_BYTES)} of generated text were not "
+                        "read: the generation was cancelled"
+                    )
+                mail = await self._next(mailbox)
+                match mail:
+                    case Done():
+                        self.completed = True
+                        yield mail
+                        return
+                    case Delta() | Prefilled():
+                        yield mail
+                    case _:
+                        raise _unexpected(mail)
+
+    async def embed(
+        self,
+        inputs: Sequence[Sequence[PromptPart]],
+        *,
+        truncate: bool = True,
+        normalize: bool = True,
+    ) -> Embedded:
+        """Return one vector for each input; errors as for `generate`."""
+        with self._open() as (request, mailbox):
+            self._worker.send(
+                Embed(
+                    request=request,
+                    inputs=[list(parts) for parts in inputs],
+                    truncate=truncate,
+                    normalize=normalize,
+                )
+            )
+            await self._worker.wait_writable()
+            mail = await self._next(mailbox)
+            if not isinstance(mail, Embedded):
+                raise _unexpected(mail)
+            self.completed = True
+            return mail
+
+    async def tokenize(
+        self,
+        text: str = "",
+        *,
+        ids: Sequence[int] | None = None,
+        add_special: bool = False,
+        parse_special: bool = True,
+    ) -> Tokenized:
+        """Return a text's tokens, or the text of `ids`; errors as for `generate`."""
+        with self._open() as (request, mailbox):
+            self._worker.send(
+                Tokenize(
+                    request=request,
+                    text=text,
+                    ids=None if ids is None else list(ids),
+                    add_special=add_special,
+                    parse_special=parse_special,
+                )
+            )
+            await self._worker.wait_writable()
+            mail = await self._next(mailbox)
+            if not isinstance(mail, Tokenized):
+                raise _unexpected(mail)
+            self.completed = True
+            return mail
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[int, Mailbox]]:
+        """Open a mailbox; left before the closing message came, the request is cancelled."""
+        request, mailbox = self._worker.open_mailbox()
+        try:
+            yield request, mailbox
+        finally:
+            self._worker.close_mailbox(request)
+            if not mailbox.is_answered:
+                self._worker.send(Cancel(request=request))
+
+    async def _next(self, mailbox: Mailbox) -> Mail:
+        mail = await mailbox.get()
+        if isinstance(mail, Failed):
+            # The worker did its part; the request was at fault, or llama.cpp said no.
+            raise error_from(mail)
+        return mail
+
+
+def error_from(failed: Failed) -> ShimpyError:
+    """Return the error that a worker reported, as the class with its code."""
+    cls = _CLASSES.get(failed.code, WorkerError)
+    if issubclass(cls, ContextExceededError):
+        return cls(failed.message, n_prompt=failed.n_prompt, n_ctx=failed.n_ctx)
+    return cls(failed.message)
+
+
+def _subclasses(cls: type[ShimpyError]) -> Iterator[type[ShimpyError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _subclasses(child)
+
+
+_CLASSES = {cls.code: cls for cls in _subclasses(ShimpyError)}
+
+
+def _unexpected(mail: Mail) -> ProtocolError:
+    return ProtocolError(f"the model's worker answered with a {type(mail).__name__} message")

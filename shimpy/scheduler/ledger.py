@@ -1,0 +1,125 @@
+"""Who holds which memory: a hardware snapshot, corrected for what it can't know. Pure.
+
+A snapshot says what is free now. It misses what a worker that is still loading will take,
+and mapped weights, which the system counts as available though a model is using them. And it
+can't know what comes back when a resident leaves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+from shimpy.placement.hardware import Hardware
+from shimpy.placement.placement import Rung
+from shimpy.scheduler.states import Phase, Resident
+
+HOST = "CPU"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """Memory of one resident, in bytes."""
+
+    # Per device, by llama.cpp's name; without the host.
+    devices: dict[str, int]
+    # Host memory that a snapshot shows as taken once the model is loaded.
+    host: int
+    # Mapped weights: available to the system, needed by the model.
+    mapped: int
+
+
+def use_of(resident: Resident) -> Use:
+    """Return what a resident really took, or what was predicted while it loads."""
+    rung = resident.rung
+    devices = {device.name: device.total_bytes for device in rung.devices}
+    mapped = 0 if rung.host.locked else rung.host.weights_bytes
+    host = rung.host.total_bytes - mapped
+    if resident.ready is None:
+        return Use(devices=devices, host=host, mapped=mapped)
+    overhead = {device.name: device.overhead_bytes for device in rung.devices}
+    for buffer in resident.ready.memory:
+        taken = buffer.model_bytes + buffer.context_bytes + buffer.compute_bytes
+        if buffer.device == HOST:
+            host = taken if rung.host.locked else buffer.context_bytes + buffer.compute_bytes
+        else:
+            devices[buffer.device] = taken + overhead.get(buffer.device, 0)
+    return Use(devices=devices, host=host, mapped=mapped)
+
+
+class Ledger:
+    """The memory of one snapshot, shared out among residents and claims during one pass."""
+
+    def __init__(self, hardware: Hardware, residents: Collection[Resident]) -> None:
+        """`residents` may change during the pass: those started since the snapshot load."""
+        self._hardware = hardware
+        self.residents = residents
+        self._claimed: Counter[str] = Counter()
+
+    @property
+    def has_stopping(self) -> bool:
+        """Whether some memory is about to come back."""
+        return any(resident.phase is Phase.STOPPING for resident in self.residents)
+
+    def present(self) -> Hardware:
+        """Return what a worker could take at this moment."""
+        return self._hardware_with(gone=frozenset(), claimed=Counter())
+
+    def remaining(self, *, without: Iterable[Resident] = ()) -> Hardware:
+        """Return what is left when stopping workers and those in `without` have gone.
+
+        Memory that was claimed for earlier requests in this pass is not part of it.
+        """
+        gone = {r.worker for r in without}
+        gone |= {r.worker for r in self.residents if r.phase is Phase.STOPPING}
+        return self._hardware_with(gone=frozenset(gone), claimed=self._claimed)
+
+    def claim(self, rung: Rung, *, after: Iterable[Resident] = ()) -> None:
+        """Keep a rung's memory from later requests, but for what leaves with `after`."""
+        need = Counter({device.name: device.total_bytes for device in rung.devices})
+        need[HOST] = rung.host.total_bytes
+        for resident in after:
+            if resident.phase is not Phase.STOPPING:
+                use = use_of(resident)
+                need.subtract({**use.devices, HOST: use.host + use.mapped})
+        self._claimed += need  # Counter addition drops what is not positive
+
+    def _hardware_with(self, *, gone: frozenset[int], claimed: Counter[str]) -> Hardware:
+        change: Counter[str] = Counter()
+        kept: Counter[str] = Counter()
+        for resident in self.residents:
+            use = use_of(resident)
+            if resident.worker in gone:
+                change.update({**use.devices, HOST: use.host})
+                continue
+            kept.update({**use.devices, HOST: use.host + use.mapped})
+            if resident.phase is Phase.LOADING:
+                change.subtract({**use.devices, HOST: use.host + use.mapped})
+            else:
+                change.subtract({HOST: use.mapped})
+        change.subtract(claimed)
+        kept.update(claimed)
+
+        def left(name: str, free: int, total: int) -> int:
+            # Buffers that were never touched show as free: our own books bound the rest.
+            return max(0, min(free + change[name], total - kept[name]))
+
+        hardware = self._hardware
+        gpus = tuple(
+            replace(gpu, free_bytes=left(gpu.name, gpu.free_bytes, gpu.total_bytes))
+            for gpu in hardware.gpus
+        )
+        host = hardware.host
+        available = left(HOST, host.available_bytes, host.total_bytes)
+        return replace(hardware, gpus=gpus, host=replace(host, available_bytes=available))
+
+
+def rung_fits(rung: Rung, hardware: Hardware) -> bool:
+    """Whether a rung fits; mapped weights don't bind, since the system can drop their pages."""
+    free = {gpu.name: gpu.free_bytes for gpu in hardware.gpus}
+    if any(device.total_bytes > free.get(device.name, 0) for device in rung.devices):
+        return False
+    host = rung.host
+    need = host.total_bytes - (0 if host.locked else host.weights_bytes)
+    return need <= hardware.host.available_bytes

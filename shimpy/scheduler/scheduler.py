@@ -1,0 +1,462 @@
+"""The scheduler's shell: runs the core, starts and stops workers, hands out leases.
+
+Everything runs on one event loop. An event is a call of the core, and its effects are carried
+out before anything else runs; so there are no locks, and no state but the core's decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Literal, Protocol, Self, assert_never
+
+import structlog
+
+from shimpy.config import Config
+from shimpy.errors import ShimpyError
+from shimpy.placement.hardware import Hardware
+from shimpy.placement.placement import PlanOptions, Rung
+from shimpy.protocol.messages import Load, LoadFailed, Ready, SetThreads, Stats
+from shimpy.registry.model import Model
+from shimpy.scheduler import effects as fx
+from shimpy.scheduler.core import Limits, SchedulerCore
+from shimpy.scheduler.exits import ExitKind, WorkerExit
+from shimpy.scheduler.lease import Lease
+from shimpy.scheduler.policy import Planner
+from shimpy.scheduler.states import Event, EventKind, Phase, Request, RequestId, Resident, WorkerId
+from shimpy.scheduler.worker import ENGINE_ARGV, Deadlines, Worker
+
+# llama.cpp's own default: tokens of one decode call, in micro-batches of n_ubatch.
+N_BATCH = 2048
+
+MAX_HISTORY = 256
+MAX_UNREAD_EVENTS = 256
+
+_log = structlog.get_logger("shimpy.scheduler")
+
+
+class TimerHandle(Protocol):
+    """Something that was arranged for later."""
+
+    def cancel(self) -> None:
+        """Arrange that it does not happen."""
+
+
+class Clock(Protocol):
+    """The time that keep_alive and patience are measured by."""
+
+    def now(self) -> float:
+        """Return seconds that never go back."""
+
+    def call_at(self, when_s: float, callback: Callable[[], None]) -> TimerHandle:
+        """Arrange a call at a time of this clock."""
+
+
+class LoopClock:
+    """The running event loop's clock."""
+
+    def now(self) -> float:
+        """Return the loop's time."""
+        return asyncio.get_running_loop().time()
+
+    def call_at(self, when_s: float, callback: Callable[[], None]) -> TimerHandle:
+        """Arrange a call on the loop."""
+        return asyncio.get_running_loop().call_at(when_s, callback)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidentInfo:
+    """A resident as `ps` shows it; times are seconds since the epoch."""
+
+    model: Model
+    state: Literal["loading", "ready", "stopping"]
+    pid: int | None
+    # The placement with the bytes that were predicted.
+    rung: Rung
+    # With the bytes that were really taken; None while it loads.
+    ready: Ready | None
+    # How much of the weights is in place, 0 to 1.
+    load_fraction: float
+    n_leases: int
+    n_waiting: int
+    # When it is unloaded if nothing more is asked of it; inf: never.
+    expires_at_s: float
+    loaded_at_s: float | None
+    n_threads: int
+    stats: Stats | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingInfo:
+    """A model that is not resident: requests wait for it, or it is held back after deaths."""
+
+    name: str
+    n_waiting: int
+    n_deaths: int
+    last_death: str
+    # Seconds since the epoch; None: not held back.
+    held_until_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryEvent:
+    """A load, unload, eviction or failure, and why; `at_s` in seconds since the epoch."""
+
+    kind: EventKind
+    model: str
+    reason: str
+    at_s: float
+
+
+class Scheduler:
+    """Keeps the models that are asked for loaded; `async with` it for its whole life."""
+
+    def __init__(
+        self,
+        config: Config,
+        probe: Callable[[], Hardware],
+        *,
+        planner: Planner | None = None,
+        engine_argv: Sequence[str] = ENGINE_ARGV,
+        clock: Clock | None = None,
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        """`probe` may block: it is called in a thread."""
+        self._config = config
+        self._probe = probe
+        self._engine_argv = tuple(engine_argv)
+        self._clock = clock or LoopClock()
+        self._deadlines = deadlines or Deadlines(load_s=config.load_timeout)
+        limits = Limits(
+            keep_alive_s=_keep_alive(config.keep_alive),
+            max_queue=config.max_queue,
+            n_threads=config.n_threads,
+        )
+        if planner is None:
+            from shimpy.placement.planner import plan_model
+
+            planner = plan_model
+        self._core = SchedulerCore(limits, planner)
+        self._tasks = asyncio.TaskGroup()
+        self._workers: dict[WorkerId, Worker] = {}
+        self._grants: dict[RequestId, asyncio.Future[Lease | ShimpyError]] = {}
+        self._last_request = 0
+        self._timer: TimerHandle | None = None
+        self._history: deque[HistoryEvent] = deque(maxlen=MAX_HISTORY)
+        self._subscribers: set[asyncio.Queue[HistoryEvent]] = set()
+        self._all_stopped = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._carry_out(self._core.on_drain_over(self._clock.now()))
+        try:
+            await self._tasks.__aexit__(exc_type, exc, traceback)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+
+    # --- for the server -------------------------------------------------------------------
+
+    def acquire(
+        self, model: Model, options: PlanOptions, *, keep_alive: float | None = None
+    ) -> AbstractAsyncContextManager[Lease]:
+        """Hold a model loaded: `async with scheduler.acquire(...) as lease`.
+
+        Waits for a place, for the model to load, and for memory. Options that are not set are
+        taken from the config. `keep_alive` (seconds; negative or inf: for ever) replaces the
+        resident's. Leaving the block, also by cancellation, gives the lease back.
+
+        Raises:
+            CapacityError: it can never fit (DoesNotFitError), or the queue is full
+                (QueueFullError), or shimpy is stopping.
+            WorkerError: it could not be loaded (LoadError), or is held back (HeldBackError).
+            GgufError: its file is broken.
+        """
+        return self._acquire(model, options, keep_alive)
+
+    def unload(self, name: str) -> bool:
+        """Unload a model, now when it is idle, else after its last lease; False: not loaded."""
+        is_loaded = any(
+            resident.key == name and resident.phase is not Phase.STOPPING
+            for resident in self._core.residents.values()
+        )
+        self._carry_out(self._core.on_unload(name, self._clock.now()))
+        return is_loaded
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests, let leases end for `timeout_s`, then stop every worker.
+
+        Returns when all workers have gone.
+        """
+        self._carry_out(self._core.on_drain(self._clock.now()))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._wait_no_workers()
+        except TimeoutError:
+            self._carry_out(self._core.on_drain_over(self._clock.now()))
+            await self._wait_no_workers()
+
+    def residents(self) -> tuple[ResidentInfo, ...]:
+        """Return all residents, the longest loaded first."""
+        return tuple(self._resident_info(r) for r in self._core.residents.values())
+
+    def waiting(self) -> tuple[WaitingInfo, ...]:
+        """Return the models that wait for a worker, or are held back after deaths."""
+        now = self._clock.now()
+        return tuple(
+            WaitingInfo(
+                name=queue.key,
+                n_waiting=len(queue.waiting),
+                n_deaths=queue.n_deaths,
+                last_death=queue.last_death,
+                held_until_s=self._epoch(queue.held_until_s) if queue.held_until_s > now else None,
+            )
+            for queue in self._core.queues.values()
+            if queue.resident is None and (queue.waiting or queue.held_until_s > now)
+        )
+
+    def history(self) -> tuple[HistoryEvent, ...]:
+        """Return the last MAX_HISTORY loads, unloads, evictions and failures, oldest first."""
+        return tuple(self._history)
+
+    async def events(self) -> AsyncGenerator[HistoryEvent, None]:
+        """Yield what happens from now on; a reader that falls behind loses the oldest."""
+        queue: asyncio.Queue[HistoryEvent] = asyncio.Queue(MAX_UNREAD_EVENTS)
+        self._subscribers.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._subscribers.discard(queue)
+
+    # --- requests -------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _acquire(
+        self, model: Model, options: PlanOptions, keep_alive: float | None
+    ) -> AsyncIterator[Lease]:
+        self._last_request += 1
+        request = Request(
+            id=RequestId(self._last_request),
+            model=model,
+            options=with_defaults(options, self._config),
+            keep_alive_s=None if keep_alive is None else _keep_alive(keep_alive),
+            arrived_s=self._clock.now(),
+        )
+        lease = await self._wait_granted(request)
+        try:
+            yield lease
+        finally:
+            now = self._clock.now()
+            self._carry_out(self._core.on_released(request.id, now, completed=lease.completed))
+
+    async def _wait_granted(self, request: Request) -> Lease:
+        granted: asyncio.Future[Lease | ShimpyError] = asyncio.get_running_loop().create_future()
+        self._grants[request.id] = granted
+        try:
+            self._carry_out(self._core.on_request(request, request.arrived_s))
+            outcome = await granted
+        except BaseException:
+            # A grant may have reached the future of a task that was cancelled before it ran:
+            # the core knows whether there is a lease to give back.
+            self._carry_out(self._core.on_cancelled(request.id, self._clock.now()))
+            raise
+        finally:
+            del self._grants[request.id]
+        if isinstance(outcome, ShimpyError):
+            raise outcome
+        return outcome
+
+    # --- effects --------------------------------------------------------------------------
+
+    def _carry_out(self, effects: Sequence[fx.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case fx.StartWorker():
+                    self._start_worker(effect)
+                case fx.StopWorker():
+                    self._workers[effect.worker].stop(effect.reason)
+                case fx.Grant():
+                    self._answer(effect.request, self._lease(effect))
+                case fx.Reject():
+                    self._answer(effect.request, effect.error)
+                case fx.SetThreads():
+                    message = SetThreads(n_threads=effect.n_threads)
+                    self._workers[effect.worker].send(message)
+                case fx.Probe():
+                    self._tasks.create_task(self._probe_hardware())
+                case fx.Note():
+                    self._note(effect.event)
+                case _:
+                    assert_never(effect)
+        self._arm_timer()
+
+    def _answer(self, request: RequestId, outcome: Lease | ShimpyError) -> None:
+        granted = self._grants.get(request)
+        # Done already: its task was cancelled, and gives the lease back when it runs.
+        if granted is not None and not granted.done():
+            granted.set_result(outcome)
+
+    def _lease(self, grant: fx.Grant) -> Lease:
+        resident = self._core.residents[grant.worker]
+        assert resident.ready is not None, "only a loaded model is granted"
+        return Lease(
+            worker=self._workers[grant.worker],
+            ready=resident.ready,
+            rung=resident.rung,
+            load_s=grant.load_s,
+        )
+
+    async def _probe_hardware(self) -> None:
+        try:
+            hardware = await asyncio.to_thread(self._probe)
+        except Exception as error:  # noqa: BLE001 - a task's boundary: those who wait must hear
+            _log.exception("probe_failed")
+            effects = self._core.on_probe_failed(str(error), self._clock.now())
+        else:
+            effects = self._core.on_hardware(hardware, self._clock.now())
+        self._carry_out(effects)
+
+    def _note(self, event: Event) -> None:
+        shown = HistoryEvent(
+            kind=event.kind, model=event.model, reason=event.reason, at_s=self._epoch(event.at_s)
+        )
+        self._history.append(shown)
+        for queue in self._subscribers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(shown)
+        _log.info(f"model_{event.kind}", model=event.model, reason=event.reason)
+
+    def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        when_s = self._core.next_deadline_s
+        if when_s is not None:
+            self._timer = self._clock.call_at(when_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._carry_out(self._core.on_timer(self._clock.now()))
+
+    # --- workers --------------------------------------------------------------------------
+
+    def _start_worker(self, start: fx.StartWorker) -> None:
+        core, clock = self._core, self._clock
+
+        def on_ready(ready: Ready) -> None:
+            self._carry_out(core.on_ready(start.worker, ready, clock.now()))
+
+        def on_load_failed(failed: LoadFailed) -> None:
+            effects = core.on_load_failed(
+                start.worker, failed.message, clock.now(), out_of_memory=failed.out_of_memory
+            )
+            self._carry_out(effects)
+
+        worker = Worker(
+            name=str(start.model.name),
+            load=load_message(start.model, start.rung, start.n_threads),
+            on_ready=on_ready,
+            on_load_failed=on_load_failed,
+            argv=self._engine_argv,
+            deadlines=self._deadlines,
+        )
+        self._workers[start.worker] = worker
+        self._tasks.create_task(self._run_worker(start.worker, worker))
+
+    async def _run_worker(self, worker_id: WorkerId, worker: Worker) -> None:
+        try:
+            end = await worker.run()
+        except Exception as error:  # noqa: BLE001 - a task's boundary: one worker is lost
+            _log.exception("worker_lost", worker=worker_id)
+            reason = f"was lost to a fault in shimpy: {error}"
+            end = WorkerExit(kind=ExitKind.FAILED, reason=reason, returncode=None)
+        _log.info("worker_exit", worker=worker_id, kind=end.kind.value, reason=end.reason)
+        self._carry_out(self._core.on_worker_exit(worker_id, end, self._clock.now()))
+        del self._workers[worker_id]
+        if not self._workers:
+            self._all_stopped.set()
+
+    async def _wait_no_workers(self) -> None:
+        while self._workers:
+            self._all_stopped.clear()
+            await self._all_stopped.wait()
+
+    # --- reports --------------------------------------------------------------------------
+
+    def _resident_info(self, resident: Resident) -> ResidentInfo:
+        worker = self._workers[resident.worker]
+        begun_s = resident.idle_since_s if resident.is_idle else self._clock.now()
+        return ResidentInfo(
+            model=resident.model,
+            state=resident.phase.value,
+            pid=worker.pid,
+            rung=resident.rung,
+            ready=resident.ready,
+            load_fraction=worker.load_fraction,
+            n_leases=len(resident.leases),
+            n_waiting=len(self._core.queues[resident.key].waiting),
+            expires_at_s=self._epoch(begun_s + resident.keep_alive_s),
+            loaded_at_s=None if resident.ready_s is None else self._epoch(resident.ready_s),
+            n_threads=resident.n_threads,
+            stats=worker.stats,
+        )
+
+    def _epoch(self, at_s: float) -> float:
+        return time.time() + at_s - self._clock.now()
+
+
+def with_defaults(options: PlanOptions, config: Config) -> PlanOptions:
+    """Return the options with the config's values where nothing was asked for."""
+    cpu_moe = options.cpu_moe
+    if cpu_moe == "auto":
+        cpu_moe = config.cpu_moe if config.n_cpu_moe is None else config.n_cpu_moe
+    return replace(
+        options,
+        n_ctx=options.n_ctx or config.n_ctx,
+        n_slots=options.n_slots or config.n_slots,
+        kv_type=options.kv_type or config.kv_type,
+        cpu_moe=cpu_moe,
+    )
+
+
+def load_message(model: Model, rung: Rung, n_threads: int) -> Load:
+    """Return the message that loads a model as a rung places it."""
+    placement = rung.placement
+    shape = model.shape
+    embeds = shape is not None and (shape.is_embedding or shape.is_reranker)
+    return Load(
+        path=str(model.path),
+        n_ctx=placement.n_ctx,
+        n_slots=placement.n_slots,
+        # An embedding model computes a text whole: its batch is its micro-batch.
+        n_batch=placement.n_ubatch if embeds else max(N_BATCH, placement.n_ubatch),
+        n_ubatch=placement.n_ubatch,
+        n_gpu_layers=placement.n_gpu_layers,
+        n_cpu_moe=placement.n_cpu_moe,
+        load_mode=placement.load_mode,
+        kv_type=placement.kv_type,
+        n_threads=n_threads,
+        devices=list(placement.devices),
+        tensor_split=list(placement.tensor_split),
+        embedding=embeds,
+    )
+
+
+def _keep_alive(seconds: float) -> float:
+    """Negative means for ever, as in Ollama."""
+    return math.inf if seconds < 0 else seconds

@@ -1,0 +1,148 @@
+"""What the scheduler knows: requests, residents, and the queue of each model.
+
+The life of a resident (one worker process with one model):
+
+            StartWorker            Ready
+    (none) ------------> LOADING ----------> READY
+                          |  |                |  |
+              load failed,|  |died       died |  | keep_alive over, evicted,
+             or abandoned |  |                |  | reloaded, unloaded, drained
+                          v  |                |  v
+                     STOPPING|                |STOPPING
+                          |  |                |  |
+                          +--+--> (none) <----+--+     when the process is reaped
+
+Only the core changes what is mutable here; the shell and the reports read it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, NewType
+
+from shimpy.placement.placement import PlanOptions, Rung
+from shimpy.protocol.messages import Ready
+from shimpy.registry.model import Model
+
+RequestId = NewType("RequestId", int)
+WorkerId = NewType("WorkerId", int)
+
+
+class Phase(Enum):
+    """Where a resident is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One client's wish to use a model; ids rise with arrival, so they are the FIFO order."""
+
+    id: RequestId
+    model: Model
+    options: PlanOptions
+    # Replaces the resident's keep_alive; None leaves it.
+    keep_alive_s: float | None = None
+    arrived_s: float
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Resident:
+    """A model held by a worker, from the decision to start it until it is reaped."""
+
+    worker: WorkerId
+    model: Model
+    # What the request asked for that made it load, and that with the largest n_ctx of anyone.
+    loaded_for: PlanOptions
+    asked: PlanOptions
+    # The context that a request without a wish of its own would have been given.
+    default_n_ctx: int
+    rung: Rung
+    # Rungs to try when this load runs out of memory; empty when it is such a try.
+    lower_rungs: tuple[Rung, ...]
+    keep_alive_s: float
+    n_threads: int
+    started_s: float
+    phase: Phase = Phase.LOADING
+    ready: Ready | None = None
+    ready_s: float | None = None
+    leases: set[RequestId] = field(default_factory=set)
+    # When the last lease ended, or the model got ready.
+    idle_since_s: float = 0.0
+    # A request for another model that has waited too long for this one's memory: requests
+    # that came after it are not granted here until it is served.
+    yields_to: RequestId | None = None
+
+    @property
+    def key(self) -> str:
+        """The model's name, under which its queue is found."""
+        return str(self.model.name)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is loaded and no request holds a lease on it."""
+        return self.phase is Phase.READY and not self.leases
+
+    @property
+    def capacity(self) -> int:
+        """Leases that it takes at once: its slots, and one whose prompt is prepared meanwhile."""
+        n_slots = self.ready.n_slots if self.ready is not None else self.rung.placement.n_slots
+        return n_slots + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """A load that ran out of memory and is tried once more, with a lower rung."""
+
+    rungs: tuple[Rung, ...]
+    loaded_for: PlanOptions
+    asked: PlanOptions
+    default_n_ctx: int
+    reason: str
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ModelQueue:
+    """The requests that wait for one model, and what happened to its workers."""
+
+    key: str
+    waiting: deque[Request] = field(default_factory=deque)
+    resident: Resident | None = None
+    retry: Retry | None = None
+    # What a resident that was stopped for a reload had been asked for: it is not forgotten.
+    floor: PlanOptions | None = None
+    # Since when its load waits for memory that busy residents hold.
+    blocked_since_s: float | None = None
+    # That has taken too long: busy residents stop taking newer requests.
+    is_impatient: bool = False
+    # Deaths of its workers with no completed request between them.
+    n_deaths: int = 0
+    last_death: str = ""
+    held_until_s: float = 0.0
+    # Running mean of how long a lease is held, for Retry-After.
+    mean_lease_s: float = 5.0
+
+    @property
+    def is_forgettable(self) -> bool:
+        """Whether nothing here is worth remembering."""
+        return not self.waiting and self.resident is None and self.n_deaths == 0
+
+
+EventKind = Literal[
+    "load", "ready", "load_failed", "retry", "unload", "evict", "reload", "died", "held", "refused"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that the scheduler did or met, and why."""
+
+    kind: EventKind
+    model: str
+    reason: str
+    # Seconds on the scheduler's clock; the shell reports them as seconds since the epoch.
+    at_s: float

@@ -1,0 +1,345 @@
+"""A worker's process: started, fed with frames, read until its end, and always reaped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from shimpy.errors import ProtocolError, WorkerDiedError
+from shimpy.protocol.codec import daemon_decoder, encode_frame
+from shimpy.protocol.messages import (
+    PROTOCOL_VERSION,
+    Events,
+    Hello,
+    Load,
+    LoadFailed,
+    Loading,
+    Ready,
+    Shutdown,
+    Stats,
+    ToDaemon,
+    ToWorker,
+)
+from shimpy.scheduler.exits import ExitKind, WorkerExit, classify_exit
+from shimpy.scheduler.mailbox import Mail, Mailbox
+
+ENGINE_ARGV = (sys.executable, "-m", "shimpy.engine")
+
+# GGML_NO_BACKTRACE: else each abort runs gdb, which takes seconds and pages of output.
+# GOMP_SPINCOUNT: libgomp's threads spin between operations, by default so long that one other
+# busy thread on the machine slows decoding three- to fourfold. 1000 rounds cost an idle
+# machine nothing (146-162 against 140-160 tok/s) and do better on a busy one (54 against
+# 36-46); fewer rounds, or OMP_WAIT_POLICY=passive, halve the speed of an idle one.
+# Variables that are set already win.
+WORKER_ENV = {"GGML_NO_BACKTRACE": "1", "GOMP_SPINCOUNT": "1000"}
+
+MAX_LINES = 64
+MAX_LINE_CHARS = 500
+_READ_BYTES = 64 * 1024
+
+_log = structlog.get_logger("shimpy.scheduler.worker")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """How long a worker gets for each thing, in seconds."""
+
+    load_s: float = 600.0
+    # After the Shutdown frame, before SIGTERM; after that, before SIGKILL.
+    shutdown_s: float = 5.0
+    terminate_s: float = 3.0
+    # From the end of its channel to the end of the process, and the other way round.
+    linger_s: float = 2.0
+
+
+class Worker:
+    """One worker process; `run` is its life, everything else may be called meanwhile."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        load: Load,
+        on_ready: Callable[[Ready], None],
+        on_load_failed: Callable[[LoadFailed], None],
+        argv: Sequence[str] = ENGINE_ARGV,
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        self._log = _log.bind(worker=name)
+        self._load = load
+        self._on_ready = on_ready
+        self._on_load_failed = on_load_failed
+        self._argv = argv
+        self._deadlines = deadlines or Deadlines()
+        self._decoder = daemon_decoder()
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._lines: deque[str] = deque(maxlen=MAX_LINES)
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._last_request = 0
+        # The reason why it is being stopped, whoever wants it; the first one counts.
+        self._ending: WorkerExit | None = None
+        self._stop_wanted = asyncio.Event()
+        self._loaded = asyncio.Event()
+        self._ended: WorkerExit | None = None
+        self.load_fraction = 0.0
+        self.stats: Stats | None = None
+
+    # --- used by the scheduler and by leases ------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, once there is a process."""
+        return self._process.pid if self._process is not None else None
+
+    def stop(self, reason: str) -> None:
+        """End it: a Shutdown frame, then SIGTERM, then SIGKILL, each with its deadline."""
+        self._end(ExitKind.STOPPED, f"was stopped: {reason}")
+
+    def send(self, message: ToWorker) -> None:
+        """Send a message; nothing happens when the worker is gone."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    async def wait_writable(self) -> None:
+        """Wait until the worker has read most of what was sent."""
+        if self._writer is None:
+            return
+        try:
+            await self._writer.drain()
+        except ConnectionError:
+            return  # its end is told through the mailboxes
+
+    def open_mailbox(self) -> tuple[int, Mailbox]:
+        """Return a new request id and where its answers will arrive."""
+        self._last_request += 1
+        mailbox = Mailbox()
+        if self._ended is not None:
+            mailbox.close(_died_error(self._ended))
+        else:
+            self._mailboxes[self._last_request] = mailbox
+        return self._last_request, mailbox
+
+    def close_mailbox(self, request: int) -> bool:
+        """Throw away what still comes for a request; returns whether it was open."""
+        return self._mailboxes.pop(request, None) is not None
+
+    # --- its life -------------------------------------------------------------------------
+
+    async def run(self) -> WorkerExit:
+        """Start the process, let it load, read all it says, and return why it ended.
+
+        On cancellation the process is killed and reaped before this returns.
+        """
+        end = WorkerExit(kind=ExitKind.FAILED, reason="was given up", returncode=None)
+        try:
+            kills_before = await asyncio.to_thread(count_oom_kills)
+            end = await self._run_process(kills_before)
+        except OSError as error:
+            reason = f"could not be started: {error}"
+            end = WorkerExit(kind=ExitKind.FAILED, reason=reason, returncode=None)
+        finally:
+            self._ended = end
+            for mailbox in self._mailboxes.values():
+                mailbox.close(_died_error(end))
+            self._mailboxes.clear()
+        return end
+
+    async def _run_process(self, kills_before: int | None) -> WorkerExit:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = process = await asyncio.create_subprocess_exec(
+                    *self._argv,
+                    "--fd",
+                    str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.STDOUT,
+                    # A Ctrl-C in the terminal is for the daemon, which then stops its workers.
+                    start_new_session=True,
+                    env=WORKER_ENV | os.environ,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        try:
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+            await self._live(process, reader)
+        finally:
+            self._signal(signal.SIGKILL)
+            returncode = await process.wait()
+            if self._writer is not None:
+                self._writer.close()
+            else:
+                ours.close()
+        kills_after = await asyncio.to_thread(count_oom_kills)
+        return self._classify(returncode, kills_before, kills_after)
+
+    async def _live(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader
+    ) -> None:
+        """Do all that is to be done while the process runs; return when it has ended."""
+        assert process.stdout is not None, "the process was started with a pipe"
+        linger_s = self._deadlines.linger_s
+        async with asyncio.TaskGroup() as tasks:
+            exited = tasks.create_task(process.wait())
+            channel = tasks.create_task(self._read_channel(reader))
+            output = tasks.create_task(self._read_output(process.stdout))
+            watch = tasks.create_task(self._watch_load())
+            ladder = tasks.create_task(self._climb_stop_ladder(process))
+            await asyncio.wait({exited, channel}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({exited}, timeout=linger_s)
+            if not exited.done():
+                self._end(ExitKind.PROTOCOL, "closed its channel and went on running")
+            await exited
+            # A child of its own may hold the pipes open: don't wait for their ends for ever.
+            await asyncio.wait({channel, output}, timeout=linger_s)
+            for task in (channel, output, watch, ladder):
+                task.cancel()
+
+    def _classify(
+        self, returncode: int, kills_before: int | None, kills_after: int | None
+    ) -> WorkerExit:
+        if self._ending is not None:
+            kind, reason = self._ending.kind, self._ending.reason
+            return WorkerExit(kind=kind, reason=reason, returncode=returncode)
+        n_kills = None
+        if kills_before is not None and kills_after is not None:
+            n_kills = kills_after - kills_before
+        return classify_exit(returncode, last_lines=tuple(self._lines), n_oom_kills=n_kills)
+
+    # --- its end --------------------------------------------------------------------------
+
+    def _end(self, kind: ExitKind, reason: str) -> None:
+        if self._ending is None:
+            self._ending = WorkerExit(kind=kind, reason=reason, returncode=None)
+        self._stop_wanted.set()
+
+    async def _watch_load(self) -> None:
+        try:
+            async with asyncio.timeout(self._deadlines.load_s):
+                await self._loaded.wait()
+        except TimeoutError:
+            limit = f"{self._deadlines.load_s:.0f} s"
+            self._end(ExitKind.TOO_SLOW, f"did not load its model in {limit} (load_timeout)")
+
+    async def _climb_stop_ladder(self, process: asyncio.subprocess.Process) -> None:
+        """Once a stop is wanted, ask, then insist, then kill."""
+        await self._stop_wanted.wait()
+        self.send(Shutdown())
+        for wait_s, number in (
+            (self._deadlines.shutdown_s, signal.SIGTERM),
+            (self._deadlines.terminate_s, signal.SIGKILL),
+        ):
+            try:
+                async with asyncio.timeout(wait_s):
+                    await process.wait()
+                    return
+            except TimeoutError:
+                self._log.warning("worker_deaf", pid=process.pid, signal=number.name)
+                self._signal(number)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Signal the worker and whatever it started; it leads a process group of its own."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        # It may have ended already and be about to be reaped.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    # --- what it says ---------------------------------------------------------------------
+
+    async def _read_channel(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while data := await reader.read(_READ_BYTES):
+                for message in self._decoder.feed(data):
+                    self._on_message(message)
+        except ProtocolError as error:
+            self._end(ExitKind.PROTOCOL, f"sent what is no message: {error.message}")
+            self._signal(signal.SIGKILL)
+        except ConnectionError:
+            return  # as good as its end
+
+    def _on_message(self, message: ToDaemon) -> None:
+        match message:
+            case Events():
+                for event in message.events:
+                    self._deliver(event)
+            case Hello():
+                self._on_hello(message)
+            case Loading():
+                self.load_fraction = message.fraction
+            case Ready():
+                self._loaded.set()
+                self.load_fraction = 1.0
+                self._on_ready(message)
+            case LoadFailed():
+                self._loaded.set()
+                self._on_load_failed(message)
+            case Stats():
+                self.stats = message
+            case _:
+                self._deliver(message)
+
+    def _on_hello(self, hello: Hello) -> None:
+        if hello.version != PROTOCOL_VERSION:
+            reason = (
+                f"speaks version {hello.version} of the protocol and the daemon version "
+                f"{PROTOCOL_VERSION}: shimpy was upgraded under a running daemon; restart it"
+            )
+            self._end(ExitKind.PROTOCOL, reason)
+            return
+        self.send(self._load)
+
+    def _deliver(self, mail: Mail) -> None:
+        """Put mail in its request's box; what comes for a request that has left is dropped."""
+        mailbox = self._mailboxes.get(mail.request)
+        if mailbox is not None:
+            mailbox.put(mail)
+
+    async def _read_output(self, stream: asyncio.StreamReader) -> None:
+        """Keep the last lines that it printed; a pipe that is full would stop it."""
+        rest = b""
+        while data := await stream.read(_READ_BYTES):
+            *lines, rest = (rest + data).split(b"\n")
+            rest = rest[-4 * MAX_LINE_CHARS :]
+            for line in lines:
+                self._on_line(line)
+        if rest:
+            self._on_line(rest)
+
+    def _on_line(self, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip()[:MAX_LINE_CHARS]
+        if text:
+            self._lines.append(text)
+            self._log.debug("worker_output", line=text)
+
+
+def count_oom_kills() -> int | None:
+    """Return the kernel's out-of-memory kills since boot, or None where it doesn't tell."""
+    try:
+        # Counts the kills for a cgroup's limit as well as those for the whole machine's.
+        text = Path("/proc/vmstat").read_text(encoding="ascii")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        name, _, count = line.partition(" ")
+        if name == "oom_kill":
+            return int(count)
+    return None
+
+
+def _died_error(end: WorkerExit) -> WorkerDiedError:
+    return WorkerDiedError(f"the model's worker {end.reason}")
