@@ -1,0 +1,211 @@
+"""A llama_context: one unified KV cache for all slots, batches in, rows of logits out."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shimpy.engine.backend import Chunk, DecodeStatus
+from shimpy.engine.llama.batch import Batch
+from shimpy.engine.llama.failures import load_error
+from shimpy.engine.llama.library import LL, Pointer, bind
+from shimpy.engine.llama.loader import Model
+from shimpy.engine.llama.log import LOG
+from shimpy.engine.llama.memory import read_memory
+from shimpy.errors import LoadError, UnsupportedError, WorkerError
+from shimpy.protocol.messages import BufferUse, KvType, Load
+
+Row = npt.NDArray[np.float32]
+
+# ggml.h, enum ggml_type.
+_KV_TYPES: dict[KvType, int] = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q5_1": 7,
+    "q5_0": 6,
+    "q4_1": 3,
+    "q4_0": 2,
+}
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+
+# The bindings' version makes a pointer object of it at each call.
+_get_logits = bind("llama_get_logits", ctypes.c_void_p, ctypes.c_void_p)
+
+
+class Context:
+    """The KV cache and the computation of a model that generates."""
+
+    def __init__(self, model: Model, load: Load) -> None:
+        """Allocate it.
+
+        Raises:
+            LoadError: not enough memory, or the model generates no text.
+        """
+        self.handle = new_context(model, load, _params(load))
+        self._memory: Pointer = LL.llama_get_memory(self.handle)
+        if not self._memory or model.has_encoder:
+            self.close()
+            raise LoadError(
+                f"{Path(load.path).name} has no memory of a text to go on from (encoders, "
+                "diffusion models): it can be loaded for embeddings only"
+            )
+        self.n_slots = load.n_slots
+        self.n_ctx: int = LL.llama_n_ctx(self.handle)
+        self.n_batch: int = LL.llama_n_batch(self.handle)
+        # Recurrent state is one vector: its parts can't be dropped, copied or moved.
+        self.can_split = not (model.is_recurrent or model.is_hybrid)
+        self.can_shift: bool = self.can_split and LL.llama_memory_can_shift(self._memory)
+        self._n_vocab: int = LL.llama_vocab_n_tokens(model.vocab_handle)
+        self._batch = Batch(self.n_batch)
+        self._outputs: list[int] = []
+        self._logits = np.zeros((0, self._n_vocab), np.float32)
+        self._logits_at = 0
+
+    def decode(self, chunks: Sequence[Chunk]) -> int:
+        """Run the model over a batch; return a DecodeStatus.
+
+        Raises:
+            WorkerError: the batch is one that llama.cpp refuses or would abort on.
+        """
+        batch = self._batch
+        self._outputs = []
+        outputs = batch.fill(chunks, n_slots=self.n_slots, n_outputs_max=self.n_slots)
+        status: int = LL.llama_decode(self.handle, batch.struct)
+        if status == DecodeStatus.OK:
+            self._take_logits(outputs)
+        elif status < 0:
+            reason = "; ".join(LOG.errors(2))
+            raise WorkerError(
+                f"llama.cpp refused a batch of {batch.struct.n_tokens} tokens ({status}): {reason}"
+            )
+        return status
+
+    def row(self, index: int) -> Row:
+        """Return the logits of an output of the last decode, `(n_vocab,)`; a view, writable.
+
+        Raises:
+            WorkerError: there is no such output; llama.cpp would abort.
+        """
+        if not 0 <= index < len(self._outputs):
+            raise WorkerError(
+                f"logits of output {index} were asked for; the last decode gave "
+                f"{len(self._outputs)}"
+            )
+        row: Row = self._logits[index]
+        return row
+
+    def output_token(self, index: int) -> int:
+        """Return the place in the last batch of the token that gave an output."""
+        return self._outputs[index]
+
+    def remove(self, slot: int, start: int, end: int) -> bool:
+        """Drop the positions [start, end) of a slot; end -1: to its end. False: it can't."""
+        self._check_slot(slot)
+        return bool(LL.llama_memory_seq_rm(self._memory, slot, start, end))
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Let `target` share the positions [start, end) of `source`."""
+        self._check_slot(source)
+        self._check_slot(target)
+        if source == target:
+            return
+        if not self.can_split:
+            LL.llama_memory_seq_rm(self._memory, target, -1, -1)
+            LL.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            return
+        # Two cells of one position in a slot would both be attended to.
+        LL.llama_memory_seq_rm(self._memory, target, start, end)
+        LL.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+    def shift(self, slot: int, start: int, end: int, delta: int) -> None:
+        """Move the positions [start, end) of a slot by `delta`.
+
+        Raises:
+            UnsupportedError: the model's positions can't be moved; llama.cpp would abort.
+        """
+        self._check_slot(slot)
+        if not self.can_shift:
+            raise UnsupportedError("the positions of this model's KV cache can't be moved")
+        LL.llama_memory_seq_add(self._memory, slot, start, end, delta)
+
+    def set_threads(self, n_threads: int) -> None:
+        """Use this many threads from the next decode on."""
+        LL.llama_set_n_threads(self.handle, n_threads, n_threads)
+
+    def memory(self) -> list[BufferUse]:
+        """Return what llama.cpp really holds, per device."""
+        return read_memory(self.handle)
+
+    def close(self) -> None:
+        """Free the KV cache and the computation."""
+        if self.handle:
+            LL.llama_free(self.handle)
+            self.handle = 0
+
+    def _take_logits(self, outputs: list[int]) -> None:
+        # Waits for a GPU, also where no row is wanted: decode's time is the computation's.
+        if not outputs:
+            LL.llama_synchronize(self.handle)
+            return
+        address: int = _get_logits(self.handle)
+        if address != self._logits_at:
+            self._logits = _matrix(address, self.n_slots, self._n_vocab)
+            self._logits_at = address
+        self._outputs = outputs
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.n_slots:
+            raise WorkerError(f"there is no slot {slot}: the context has {self.n_slots}")
+
+
+def new_context(model: Model, load: Load, params: Any) -> Pointer:
+    """Return a new llama_context.
+
+    Raises:
+        LoadError: llama.cpp's own reason, as its log has it.
+    """
+    handle: Pointer | None = LL.llama_init_from_model(model.handle, params)
+    if not handle:
+        raise load_error(
+            f"llama.cpp could not make a context of {params.n_ctx} tokens for "
+            f"{Path(load.path).name}",
+            LOG.errors(),
+        )
+    return handle
+
+
+def common_params(load: Load) -> Any:
+    """Return the parameters that all contexts of a model share."""
+    params = LL.llama_context_default_params()
+    params.n_threads = params.n_threads_batch = load.n_threads
+    params.flash_attn_type = _FLASH[load.flash_attn]
+    params.type_k = params.type_v = _KV_TYPES[load.kv_type]
+    # All slots share the cells: a long text may take what short ones leave.
+    params.kv_unified = True
+    return params
+
+
+def _params(load: Load) -> Any:
+    params = common_params(load)
+    params.n_ctx = load.n_ctx
+    params.n_batch = max(load.n_batch, load.n_slots)
+    params.n_ubatch = load.n_ubatch
+    params.n_seq_max = load.n_slots
+    # Logits are computed for one token of each slot: no room for a whole micro-batch of rows.
+    params.n_outputs_max = load.n_slots
+    # Sliding-window layers keep all cells too: any prefix of a slot can be used again.
+    params.swa_full = True
+    return params
+
+
+def _matrix(address: int, n_rows: int, n_columns: int) -> Row:
+    # llama.cpp's output buffer has a row for each slot at least.
+    buffer = (ctypes.c_float * (n_rows * n_columns)).from_address(address)
+    return np.ctypeslib.as_array(buffer).reshape(n_rows, n_columns)

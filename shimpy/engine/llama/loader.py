@@ -1,0 +1,165 @@
+"""Loading a model: parameters, the placement of experts, progress, and failures told well."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shimpy.engine.llama.devices import find_devices
+from shimpy.engine.llama.failures import load_error
+from shimpy.engine.llama.library import LL, Pointer, bind
+from shimpy.engine.llama.log import LOG, install_log
+from shimpy.errors import LoadError
+from shimpy.protocol.messages import Load
+
+# Takes the part of the weights that is in place, 0 to 1; False stops the load.
+OnProgress = Callable[[float], bool]
+
+# llama.cpp's own pattern for --cpu-moe (common/common.h, LLM_FFN_EXPS_REGEX).
+_EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+# llama.h, LLAMA_MAX_SEQ.
+_MAX_SLOTS = 256
+_PROGRESS_STEP = 0.01
+
+_cpu_buffer_type = bind("ggml_backend_cpu_buffer_type", ctypes.c_void_p)
+
+
+class _BufferOverride(ctypes.Structure):
+    """llama.h, struct llama_model_tensor_buft_override, which the bindings leave out."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+class Model:
+    """A loaded model; `close` frees it, after its contexts."""
+
+    def __init__(self, handle: Pointer) -> None:
+        self.handle = handle
+        self.vocab_handle: Pointer = LL.llama_model_get_vocab(handle)
+        self.n_ctx_train: int = LL.llama_model_n_ctx_train(handle)
+        self.n_embd_out: int = LL.llama_model_n_embd_out(handle)
+        self.n_cls_out: int = LL.llama_model_n_cls_out(handle)
+        self.has_encoder: bool = LL.llama_model_has_encoder(handle)
+        self.has_decoder: bool = LL.llama_model_has_decoder(handle)
+        # Its state is one vector a sequence, not a row a token: there are no parts of it.
+        self.is_recurrent: bool = LL.llama_model_is_recurrent(handle)
+        self.is_hybrid: bool = LL.llama_model_is_hybrid(handle)
+
+    def metadata(self, key: str) -> str | None:
+        """Return a value of the file's header as text; `{arch}` is the architecture."""
+        if "{arch}" in key:
+            key = key.format(arch=self.metadata("general.architecture"))
+        buffer = ctypes.create_string_buffer(256)
+        n = LL.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace") if n >= 0 else None
+
+    def close(self) -> None:
+        """Free the weights."""
+        if self.handle:
+            LL.llama_model_free(self.handle)
+            self.handle = 0
+
+
+def load_model(load: Load, *, on_progress: OnProgress) -> Model:
+    """Load the weights as placed; a file in parts is named by its first one.
+
+    Raises:
+        LoadError: the file, the devices or the memory do not allow it, with llama.cpp's own
+            last error lines; or `on_progress` said False.
+    """
+    _check(load)
+    install_log()
+    LOG.clear()
+    LL.llama_backend_init()
+    progress = _Progress(on_progress)
+    # Everything that the parameters point to lives in these locals until the call returns.
+    devices = (ctypes.c_void_p * (len(load.devices) + 1))(*find_devices(load.devices))
+    overrides = _overrides(load.n_cpu_moe)
+    split = (ctypes.c_float * max(LL.llama_max_devices(), 1))(*load.tensor_split)
+    params = _params(load)
+    params.devices = ctypes.cast(devices, ctypes.c_void_p)
+    params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+    params.tensor_split = split if load.tensor_split else None
+    params.progress_callback = progress.callback
+    handle = LL.llama_model_load_from_file(os.fsencode(load.path), params)
+    if handle:
+        return Model(handle)
+    if progress.was_cancelled:
+        raise LoadError(f"loading {Path(load.path).name} was cancelled")
+    raise load_error(f"llama.cpp could not load {load.path}", LOG.errors())
+
+
+def _check(load: Load) -> None:
+    """Refuse what llama.cpp would answer by aborting, or with less to go by."""
+    if not os.access(load.path, os.R_OK):
+        raise LoadError(f"{load.path} is not there or can't be read")
+    for name, value in (
+        ("n_ctx", load.n_ctx),
+        ("n_batch", load.n_batch),
+        ("n_ubatch", load.n_ubatch),
+        ("n_threads", load.n_threads),
+    ):
+        if not 0 < value < 2**31:
+            raise LoadError(f"{name} is {value}; it has to be 1 or more")
+    if not 0 < load.n_slots <= _MAX_SLOTS:
+        raise LoadError(f"{load.n_slots} slots: llama.cpp has 1 to {_MAX_SLOTS}")
+    if load.flash_attn == "off" and load.kv_type.startswith("q"):
+        raise LoadError(
+            f"kv_type {load.kv_type} needs flash attention: set flash_attn to auto or on, "
+            "or kv_type to f16"
+        )
+    n_devices = LL.llama_max_devices()
+    if len(load.tensor_split) > n_devices:
+        raise LoadError(
+            f"tensor_split names {len(load.tensor_split)} devices; this build of llama.cpp "
+            f"takes {n_devices}"
+        )
+
+
+def _params(load: Load) -> Any:
+    params = LL.llama_model_default_params()
+    params.n_gpu_layers = load.n_gpu_layers
+    # "locked": read, not mapped. Where a GPU is used, host weights then lie in page-locked
+    # memory, which is copied 7 times as fast (docs: placement).
+    params.load_mode = (
+        LL.LLAMA_LOAD_MODE_MMAP if load.load_mode == "mmap" else LL.LLAMA_LOAD_MODE_NONE
+    )
+    params.check_tensors = load.check_tensors
+    # Repacked weights: half the speed of prefill, and a second copy beside the mapped file.
+    params.use_extra_bufts = False
+    return params
+
+
+def _overrides(n_cpu_moe: int) -> ctypes.Array[_BufferOverride]:
+    """Return the table, ended by an empty row, that keeps layers' experts in host memory.
+
+    One pattern for all layers: llama.cpp compiles each pattern once for each tensor.
+    """
+    table = (_BufferOverride * 2)()
+    if n_cpu_moe > 0:
+        layers = "|".join(map(str, range(n_cpu_moe)))
+        table[0].pattern = rf"blk\.({layers}){_EXPERTS}".encode()
+        table[0].buffer_type = _cpu_buffer_type()
+    return table
+
+
+class _Progress:
+    """llama.cpp's progress callback, called on in steps of a hundredth."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
+        self._next = 0.0
+        self.was_cancelled = False
+        self.callback = LL.llama_progress_callback(self._take)
+
+    def _take(self, fraction: float, _user_data: ctypes.c_void_p) -> bool:
+        if fraction < self._next and fraction < 1.0:
+            return True
+        self._next = fraction + _PROGRESS_STEP
+        # An exception can't cross C: anything but True ends the load.
+        self.was_cancelled = True
+        self.was_cancelled = not self._on_progress(fraction)
+        return not self.was_cancelled
