@@ -1,0 +1,152 @@
+"""Start the worker: `--fd N` serves a model on an inherited socket, `--devices` lists devices."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+import msgspec
+
+from shimpy.engine.backend import Backend
+from shimpy.engine.channel import Channel
+from shimpy.engine.intake import Intake
+from shimpy.engine.loop import Engine
+from shimpy.errors import LoadError, ProtocolError, ShimpyError
+from shimpy.protocol.messages import (
+    PROTOCOL_VERSION,
+    Hello,
+    Load,
+    LoadFailed,
+    Loading,
+    Ready,
+    Shutdown,
+)
+
+_PROGRESS_STEP = 0.01
+
+# Load with a callback that takes the loaded fraction and answers whether to go on.
+OpenBackend = Callable[[Load, Callable[[float], bool]], Backend]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the worker and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m shimpy.engine", description=__doc__)
+    duty = parser.add_mutually_exclusive_group(required=True)
+    duty.add_argument("--fd", type=int, help="an inherited socket to the daemon")
+    duty.add_argument("--devices", action="store_true", help="print the devices as JSON")
+    arguments = parser.parse_args(argv)
+    # An abort in ggml would start a debugger to print a backtrace.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    if arguments.devices:
+        print_devices()
+        return 0
+    try:
+        return serve(Channel(socket.socket(fileno=arguments.fd)), open_llama)
+    except ConnectionError:
+        # The daemon is gone; the reader thread is ending the process at this moment too.
+        return 0
+
+
+def print_devices() -> None:
+    """Write what this build of llama.cpp can use to stdout."""
+    from shimpy.engine.llama import list_devices
+
+    sys.stdout.buffer.write(msgspec.json.encode(list_devices()) + b"\n")
+
+
+def open_llama(load: Load, on_progress: Callable[[float], bool]) -> Backend:
+    """Load a model with llama.cpp."""
+    from shimpy.engine.llama import open_backend
+
+    return open_backend(load, on_progress=on_progress)
+
+
+def serve(channel: Channel, open_backend: OpenBackend) -> int:
+    """Serve one model on a channel until Shutdown; return the exit status.
+
+    Ends the process at once when the daemon is gone, even in the middle of a load.
+    """
+    intake = Intake(send=channel.send, clock=time.monotonic)
+    _take_signals(intake)
+    channel.send(Hello(PROTOCOL_VERSION, os.getpid(), version("llama-cpp-python")))
+    messages = channel.receive()
+    load = next(messages, None)
+    if load is None or isinstance(load, Shutdown):
+        return 0
+    if not isinstance(load, Load):
+        raise ProtocolError(f"the first message is {type(load).__name__}, not Load")
+    threading.Thread(target=intake.run, args=(messages,), name="reader", daemon=True).start()
+    started_s = time.monotonic()
+    try:
+        backend = open_backend(load, _Progress(channel))
+    except ShimpyError as error:
+        out_of_memory = isinstance(error, LoadError) and error.out_of_memory
+        channel.send(LoadFailed(error.message, out_of_memory=out_of_memory))
+        return 1
+    intake.serve(backend, embeds=load.embedding or backend.has_encoder)
+    channel.send(_ready(backend, time.monotonic() - started_s))
+    Engine(backend, inbox=intake.inbox, send=channel.send, clock=time.monotonic).run()
+    backend.close()
+    return 0
+
+
+class _Progress:
+    """Tells the daemon how far a load is, in steps of a hundredth."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._told = 0.0
+
+    def __call__(self, fraction: float) -> bool:
+        if fraction - self._told >= _PROGRESS_STEP:
+            self._told = fraction
+            self._channel.send(Loading(fraction))
+        return True
+
+
+def _take_signals(intake: Intake) -> None:
+    """Let SIGTERM mean Shutdown, and SIGINT nothing: in a terminal it is meant for the daemon.
+
+    A thread waits for SIGTERM, because Python's own handlers wait for the main thread, which
+    may be in llama.cpp for a while.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait_for_term() -> None:
+        signal.sigwait({signal.SIGTERM})
+        intake.on_message(Shutdown())
+
+    threading.Thread(target=wait_for_term, name="sigterm", daemon=True).start()
+
+
+def _ready(backend: Backend, load_s: float) -> Ready:
+    def name(token: int) -> str:
+        return backend.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
+    return Ready(
+        memory=backend.memory(),
+        n_ctx=backend.n_ctx,
+        n_ctx_train=backend.n_ctx_train,
+        n_slots=backend.n_slots,
+        n_vocab=backend.n_vocab,
+        n_embd=backend.n_embd,
+        load_s=load_s,
+        has_fim=backend.has_fim,
+        has_encoder=backend.has_encoder,
+        add_bos=backend.add_bos,
+        bos_text=name(backend.bos_id),
+        eos_text=name(backend.eos_id),
+        n_overridden=backend.n_overridden,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

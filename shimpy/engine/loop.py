@@ -1,0 +1,263 @@
+"""The engine's loop: drain, next_batch, decode, sample, send; nothing else happens in a step.
+
+One thread owns all of it. What the reader thread takes in waits in the inbox; the loop
+blocks on that only when it has nothing to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Final, assert_never
+
+from shimpy.engine.backend import Backend, DecodeStatus
+from shimpy.engine.batcher import Batch, Batcher
+from shimpy.engine.embeddings import Embeddings
+from shimpy.engine.generation import Generation, Pieces
+from shimpy.engine.intake import Inbox, Inputs, Prompted, Work
+from shimpy.engine.slots import KvCopy, KvOp, KvRemove, KvShift
+from shimpy.errors import ProtocolError, QueueFullError, ShimpyError, WorkerError
+from shimpy.protocol.messages import (
+    Cancel,
+    Delta,
+    Done,
+    Events,
+    Failed,
+    FinishReason,
+    Prefilled,
+    SetThreads,
+    Shutdown,
+    Stats,
+    ToDaemon,
+)
+
+# More than the daemon lets wait for one model.
+MAX_WAITING: Final = 4096
+STATS_INTERVAL_S: Final = 1.0
+
+
+class Engine:
+    """Serves the requests in an inbox with one loaded model."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        inbox: Inbox,
+        send: Callable[[ToDaemon], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._backend = backend
+        self._inbox = inbox
+        self._send = send
+        self._clock = clock
+        self._batcher = Batcher(
+            n_slots=backend.n_slots,
+            n_ctx=backend.n_ctx,
+            n_batch=backend.n_batch,
+            can_split=backend.can_split,
+            can_shift=backend.can_shift,
+        )
+        self._embeddings = Embeddings(backend)
+        self._generations: dict[int, Generation] = {}
+        self._plain = Pieces(backend, special=False)
+        self._special = Pieces(backend, special=True)
+        self._events: list[Delta | Prefilled | Done | Failed] = []
+        self._stats = Stats(0, 0, 0)
+        self._stats_sent_s = -STATS_INTERVAL_S
+        self._is_stopping = False
+
+    def run(self) -> None:
+        """Step until Shutdown; running requests then end as cancelled."""
+        while not self._is_stopping:
+            if not self._generations and not self._embeddings:
+                self._wait()
+            self.step()
+        for generation in list(self._generations.values()):
+            self._end(generation, "cancelled")
+        self._flush()
+
+    def step(self) -> None:
+        """Take in what has arrived, run one batch, and send what it gave."""
+        while not self._inbox.empty():
+            self._on_work(self._inbox.get_nowait())
+        batch = self._batcher.next_batch(self._clock())
+        if batch is not None:
+            self._run(batch)
+        elif self._embeddings:
+            for answer in self._embeddings.step():
+                self._send(answer)
+        self._flush()
+
+    # --- in ---
+
+    def _wait(self) -> None:
+        """Block until something arrives, or until the last change of Stats may be sent."""
+        timeout = None
+        if self._measure() != self._stats:
+            timeout = max(0.0, self._stats_sent_s + STATS_INTERVAL_S - self._clock())
+        with contextlib.suppress(queue.Empty):
+            self._on_work(self._inbox.get(timeout=timeout))
+
+    def _on_work(self, work: Work) -> None:
+        match work:
+            case Prompted():
+                self._accept(work)
+            case Inputs():
+                self._embeddings.add(work)
+            case Cancel():
+                self._cancel(work.request)
+            case SetThreads():
+                self._backend.set_threads(work.n_threads)
+            case Shutdown():
+                self._is_stopping = True
+            case _:
+                assert_never(work)
+
+    def _accept(self, work: Prompted) -> None:
+        submit = work.submit
+        if submit.request in self._generations:
+            raise ProtocolError(f"request {submit.request} is running already")
+        if self._batcher.n_waiting >= MAX_WAITING:
+            error = QueueFullError(f"{MAX_WAITING} requests wait for the model already")
+            self._refuse(submit.request, error)
+            return
+        try:
+            sampler = self._backend.make_sampler(submit.sampling, work.ids)
+        except Exception as error:  # noqa: BLE001 - one request's boundary
+            self._refuse(submit.request, error)
+            return
+        pieces = self._special if submit.show_special else self._plain
+        generation = Generation(work, self._backend, sampler, pieces)
+        self._generations[submit.request] = generation
+        self._batcher.submit(generation.sequence)
+
+    def _cancel(self, request: int) -> None:
+        """End a request; one that has ended already has had its answer."""
+        generation = self._generations.get(request)
+        if generation is not None:
+            self._end(generation, "cancelled")
+        elif self._embeddings.cancel(request):
+            self._events.append(Done(request, "cancelled", 0, 0, 0, prefill_s=0.0, decode_s=0.0))
+
+    # --- one batch ---
+
+    def _run(self, batch: Batch) -> None:
+        if not all(map(self._apply, batch.ops)):
+            self._batcher.on_kv_refused()
+            return
+        try:
+            status = self._backend.decode(batch.chunks)
+        except Exception as error:  # noqa: BLE001 - one batch's boundary
+            self._fail_batch(batch, error)
+            return
+        if status == DecodeStatus.OK:
+            self._batcher.on_decoded(batch)
+            self._sample(batch, self._clock())
+        elif status == DecodeStatus.KV_FULL:
+            self._make_room()
+        else:
+            self._fail_batch(batch, WorkerError("llama.cpp gave up in the middle of a batch"))
+
+    def _apply(self, op: KvOp) -> bool:
+        match op:
+            case KvRemove():
+                return self._backend.kv_remove(op.slot, op.start, op.end)
+            case KvCopy():
+                self._backend.kv_copy(op.source, op.target, 0, op.n)
+            case KvShift():
+                self._backend.kv_shift(op.slot, op.start, op.end, op.delta)
+        return True
+
+    def _make_room(self) -> None:
+        sequence = self._batcher.on_kv_full()
+        if sequence is not None:
+            error = WorkerError(
+                f"the KV cache of {self._backend.n_ctx} tokens is full at "
+                f"{len(sequence.tokens)} tokens of this request alone"
+            )
+            self._fail(self._generations[sequence.request], error, keep_kv=False)
+
+    def _sample(self, batch: Batch, now: float) -> None:
+        row = 0
+        for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
+            if not chunk.wants_logits:
+                continue
+            generation = self._generations[sequence.request]
+            try:
+                self._advance(generation, row, now)
+            except Exception as error:  # noqa: BLE001 - one request's boundary
+                self._fail(generation, error)
+            row += 1
+
+    def _advance(self, generation: Generation, row: int, now: float) -> None:
+        """Sample a request's next token and say what is certain of its text."""
+        if (prefilled := generation.on_prefilled(now)) is not None:
+            self._events.append(prefilled)
+            if generation.sequence.n_predict == 0:
+                self._end(generation, "length")
+                return
+        token, logprob = generation.sampler.sample(row)
+        piece = generation.pieces[token]
+        if piece is None:
+            self._tell(generation, generation.on_end_token())
+            self._end(generation, "stop")
+            return
+        goes_on = self._batcher.on_token(generation.sequence, token)
+        shown = generation.push(token, piece, logprob)
+        if goes_on and generation.text.stop is None:
+            self._tell(generation, shown)
+            return
+        self._tell(generation, shown + generation.text.finish())
+        self._end(generation, "length" if generation.text.stop is None else "stop")
+
+    # --- out ---
+
+    def _tell(self, generation: Generation, text: str) -> None:
+        if (delta := generation.delta(text)) is not None:
+            self._events.append(delta)
+
+    def _end(self, generation: Generation, reason: FinishReason) -> None:
+        self._events.append(generation.done(reason, self._clock()))
+        self._close(generation)
+
+    def _fail(self, generation: Generation, error: Exception, *, keep_kv: bool = True) -> None:
+        self._refuse(generation.request, error)
+        self._close(generation, keep_kv=keep_kv)
+
+    def _fail_batch(self, batch: Batch, error: Exception) -> None:
+        """Fail the requests of a batch; what it left in their slots is not to be trusted."""
+        for sequence in batch.sequences:
+            self._fail(self._generations[sequence.request], error, keep_kv=False)
+
+    def _refuse(self, request: int, error: Exception) -> None:
+        if isinstance(error, ShimpyError):
+            self._events.append(Failed(request, error.code, error.message))
+            return
+        traceback.print_exception(error, file=sys.stderr)
+        message = f"the worker failed on this request: {type(error).__name__}: {error}"
+        self._events.append(Failed(request, WorkerError.code, message))
+
+    def _close(self, generation: Generation, *, keep_kv: bool = True) -> None:
+        del self._generations[generation.request]
+        self._batcher.finish(generation.sequence, keep_kv=keep_kv)
+        generation.sampler.close()
+
+    def _flush(self) -> None:
+        if self._events:
+            self._send(Events(self._events))
+            self._events = []
+        now = self._clock()
+        if (
+            now - self._stats_sent_s >= STATS_INTERVAL_S
+            and (stats := self._measure()) != self._stats
+        ):
+            self._send(stats)
+            self._stats, self._stats_sent_s = stats, now
+
+    def _measure(self) -> Stats:
+        batcher = self._batcher
+        return Stats(batcher.n_running, batcher.n_waiting, batcher.n_kv_used)

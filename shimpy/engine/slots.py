@@ -1,0 +1,332 @@
+"""The slots and what the KV cache holds for each: prefix reuse, eviction, context shift.
+
+Nothing here touches llama.cpp. What is decided is noted as KV operations, in order, for the
+loop to carry out before the next decode; the books run ahead of the cache by no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+from shimpy.engine.cells import Cells
+
+# A running sequence is waited for when it saves at least this many tokens of prefill.
+MIN_FOLLOW = 64
+# Idle caches give way in pieces of this many cells, from their ends.
+EVICT_CELLS = 256
+
+_ALL = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class KvRemove:
+    """Drop the positions [start, end) of a slot; end -1: to its end."""
+
+    slot: int
+    start: int
+    end: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class KvCopy:
+    """Let `target`, which is empty, share the first `n` positions of `source`."""
+
+    source: int
+    target: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvShift:
+    """Move the positions [start, end) of a slot by `delta`."""
+
+    slot: int
+    start: int
+    end: int
+    delta: int
+
+
+KvOp = KvRemove | KvCopy | KvShift
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """A prompt with its completion. The batcher owns every field from `order` on."""
+
+    request: int
+    # Prompt and completion; the KV cache holds the first n_kv.
+    tokens: list[int]
+    n_prompt: int = field(init=False)
+    # New tokens at most.
+    n_predict: int
+    # Tokens at the front that a context shift spares; None: no shift, the full context ends it.
+    n_keep: int | None = None
+    # Look for the prefix in other slots.
+    reuse: bool = True
+
+    # Rank by arrival.
+    order: int = 0
+    slot: Slot | None = None
+    n_kv: int = 0
+    # Of the prompt, what was found in the KV cache.
+    n_cached: int = 0
+    n_generated: int = 0
+    n_preempted: int = 0
+    admitted_s: float | None = None
+    # The older sequence that computes our first n_shared tokens just now.
+    leader: Sequence | None = None
+    n_shared: int = 0
+
+    def __post_init__(self) -> None:
+        self.n_prompt = len(self.tokens)
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens that are known but not in the KV cache."""
+        return len(self.tokens) - self.n_kv
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place in the KV cache: busy with a sequence, or idle with what the last one left."""
+
+    id: int
+    sequence: Sequence | None = None
+    # What an idle slot's KV holds.
+    tokens: list[int] = field(default_factory=list)
+    # Positions from here on were moved by a context shift: no other prompt can use them.
+    n_exact: int = _ALL
+    last_used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest prefix of a sequence in any slot: there now, or computed there soon."""
+
+    source: Slot | None = None
+    n_now: int = 0
+    # Worth waiting for when it is more than n_now.
+    n_soon: int = 0
+
+    @property
+    def n_from_busy(self) -> int:
+        """Tokens that need no cells of their own while their holder runs."""
+        if self.source is None or self.source.sequence is None:
+            return 0
+        return max(self.n_now, self.n_soon)
+
+
+class Slots:
+    """All slots and their cells."""
+
+    def __init__(self, n_slots: int, n_cells: int, *, can_split: bool) -> None:
+        self.cells = Cells(n_slots, n_cells)
+        self._slots = [Slot(index) for index in range(n_slots)]
+        self._can_split = can_split
+        self._ops: list[KvOp] = []
+        self._tick = 0
+
+    @property
+    def has_idle(self) -> bool:
+        """Whether a sequence can be placed."""
+        return any(slot.sequence is None for slot in self._slots)
+
+    def take_ops(self) -> list[KvOp]:
+        """Return the operations noted since the last call."""
+        ops, self._ops = self._ops, []
+        return ops
+
+    def n_cells_busy(self) -> int:
+        """Cells that running sequences hold."""
+        return self.cells.n_held(slot.id for slot in self._slots if slot.sequence is not None)
+
+    # --- prefix reuse ---
+
+    def best_match(self, sequence: Sequence) -> Match:
+        """Return where most of the sequence's prefix is; its last token never counts.
+
+        That token must be computed in any case, for its logits.
+        """
+        best, best_score = Match(), 0
+        if not sequence.reuse:
+            return best
+        for slot in self._slots:
+            if slot is sequence.slot:
+                continue
+            match = self._match(slot, sequence)
+            score = max(match.n_now, match.n_soon - MIN_FOLLOW)
+            # A tie goes to the idle slot: it may be taken over without a copy.
+            if score > best_score or (score == best_score > 0 and slot.sequence is None):
+                best, best_score = match, score
+        if best.n_soon - MIN_FOLLOW > best.n_now:
+            return best
+        return Match(best.source, best.n_now, best.n_now)
+
+    def _match(self, slot: Slot, sequence: Sequence) -> Match:
+        owner = slot.sequence
+        known = slot.tokens if owner is None else owner.tokens
+        n_kv = len(slot.tokens) if owner is None else owner.n_kv
+        n_common = common_prefix(known, sequence.tokens)
+        n_common = min(n_common, len(sequence.tokens) - 1, slot.n_exact)
+        if not self._can_split:
+            n_now = n_kv if n_common >= n_kv else 0
+            return Match(slot, n_now, n_now)
+        n_now = min(n_common, n_kv)
+        # Only an older one is waited for: no two can wait for each other.
+        is_older = owner is not None and owner.order < sequence.order
+        return Match(slot, n_now, n_common if is_older else n_now)
+
+    # --- placing ---
+
+    def place(self, sequence: Sequence, match: Match) -> None:
+        """Give a sequence an idle slot and the prefix that was found for it.
+
+        1. An idle slot holds the prefix and not much else, or is the only one: take it over.
+        2. Another slot holds it: share it with the slot that was idle longest.
+        3. A running sequence is about to compute it: wait for that in such a slot.
+        4. Nothing to reuse: such a slot, emptied.
+        """
+        source = match.source
+        spare = self._least_recent(but=source)
+        is_idle = source is not None and source.sequence is None
+        if source and is_idle and (spare is None or 2 * match.n_now >= len(source.tokens)):
+            self._cut(source, match.n_now)
+            self._occupy(source, sequence)
+            self._count_reused(sequence, match.n_now)
+            return
+        assert spare is not None, "place() needs an idle slot"
+        self._cut(spare, 0)
+        self._occupy(spare, sequence)
+        self.reuse(sequence, match)
+
+    def reuse(self, sequence: Sequence, match: Match) -> None:
+        """Share a prefix with a placed sequence that has none yet, or let it wait for one."""
+        sequence.leader = None
+        source = match.source
+        if source is None:
+            return
+        if match.n_soon > match.n_now:
+            sequence.leader = source.sequence
+            sequence.n_shared = match.n_soon
+            return
+        assert sequence.slot is not None
+        self._ops.append(KvCopy(source.id, sequence.slot.id, match.n_now))
+        self.cells.share(source.id, sequence.slot.id, match.n_now)
+        self._count_reused(sequence, match.n_now)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the slot from a sequence; its KV stays for a later prompt."""
+        slot = sequence.slot
+        assert slot is not None
+        self._tick += 1
+        slot.sequence = None
+        slot.tokens = sequence.tokens[: sequence.n_kv]
+        slot.last_used = self._tick
+        sequence.slot = sequence.leader = None
+        sequence.n_kv = 0
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take the slot from a sequence and forget its KV."""
+        slot = sequence.slot
+        assert slot is not None
+        self.release(sequence)
+        # Noted even where the books hold nothing: a failed decode may have left some.
+        self._ops.append(KvRemove(slot.id, 0))
+        self.cells.remove(slot.id, 0)
+        slot.tokens = []
+        slot.n_exact = _ALL
+
+    def drop_all(self) -> None:
+        """Forget the whole KV cache; running sequences keep their slots."""
+        self._ops = [KvRemove(slot.id, 0) for slot in self._slots]
+        self.cells = Cells(len(self._slots), self.cells.n_total)
+        for slot in self._slots:
+            slot.tokens = []
+            slot.n_exact = _ALL
+            if slot.sequence is not None:
+                slot.sequence.n_kv = 0
+                slot.sequence.leader = None
+
+    # --- room ---
+
+    def evict(self, n: int) -> bool:
+        """Free about `n` cells of the idle slot that was used least recently.
+
+        It frees fewer where they are shared. Returns False when no idle slot holds any.
+        """
+        slot = min(
+            (slot for slot in self._slots if slot.tokens),
+            key=lambda slot: slot.last_used,
+            default=None,
+        )
+        if slot is None:
+            return False
+        n_left = max(0, len(slot.tokens) - max(n, EVICT_CELLS)) if self._can_split else 0
+        self._cut(slot, n_left)
+        return True
+
+    def shift(self, sequence: Sequence, n_keep: int) -> None:
+        """Drop the older half of a sequence's tokens after the first `n_keep`.
+
+        Its later cells move down. Cells that another slot holds can't move for one of them
+        alone: then they are dropped and computed again.
+        """
+        slot = sequence.slot
+        assert slot is not None
+        n_drop = (len(sequence.tokens) - n_keep) // 2
+        n_kv = sequence.n_kv
+        del sequence.tokens[n_keep : n_keep + n_drop]
+        if n_kv < n_keep + n_drop or self.cells.is_shared(slot.id, n_keep):
+            sequence.n_kv = min(n_kv, n_keep)
+            self._ops.append(KvRemove(slot.id, sequence.n_kv))
+            self.cells.remove(slot.id, sequence.n_kv)
+            return
+        self._ops.append(KvRemove(slot.id, n_keep, n_keep + n_drop))
+        self._ops.append(KvShift(slot.id, n_keep + n_drop, n_kv, -n_drop))
+        self.cells.remove(slot.id, n_keep, n_keep + n_drop)
+        sequence.n_kv = n_kv - n_drop
+        slot.n_exact = min(slot.n_exact, n_keep)
+
+    # --- parts ---
+
+    def _least_recent(self, but: Slot | None) -> Slot | None:
+        return min(
+            (slot for slot in self._slots if slot.sequence is None and slot is not but),
+            key=lambda slot: (bool(slot.tokens), slot.last_used),
+            default=None,
+        )
+
+    def _occupy(self, slot: Slot, sequence: Sequence) -> None:
+        slot.sequence = sequence
+        slot.tokens = []
+        sequence.slot = slot
+
+    def _cut(self, slot: Slot, n: int) -> None:
+        """Keep the first `n` tokens of an idle slot."""
+        if n < len(slot.tokens):
+            self._ops.append(KvRemove(slot.id, n))
+            self.cells.remove(slot.id, n)
+            del slot.tokens[n:]
+        if n <= slot.n_exact:
+            slot.n_exact = _ALL
+
+    def _count_reused(self, sequence: Sequence, n: int) -> None:
+        sequence.n_kv = n
+        if not sequence.n_preempted:
+            sequence.n_cached = n
+
+
+def common_prefix(a: Tokens[int], b: Tokens[int]) -> int:
+    """Return the length of the longest common prefix, comparing slices at C speed."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    # Equal up to low, not equal up to high.
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,129 @@
+"""An engine without threads: submit, step, and read what each request was told."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from shimpy.engine.intake import Intake
+from shimpy.engine.loop import Engine
+from shimpy.protocol.messages import (
+    Delta,
+    Done,
+    Embedded,
+    Events,
+    Failed,
+    Prefilled,
+    PromptPart,
+    Stats,
+    Submit,
+    Text,
+    ToDaemon,
+    Tokenized,
+    TokenLogprob,
+    ToWorker,
+)
+from tests.fake_backend import FakeBackend
+
+
+@dataclass
+class Told:
+    """All that a request was told, put together."""
+
+    text: str = ""
+    n_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prefilled: list[Prefilled] = field(default_factory=list)
+    ends: list[Done | Failed | Embedded | Tokenized] = field(default_factory=list)
+
+    @property
+    def end(self) -> Done | Failed | Embedded | Tokenized:
+        assert len(self.ends) == 1, self.ends
+        return self.ends[0]
+
+    @property
+    def done(self) -> Done:
+        assert isinstance(self.end, Done), self.end
+        return self.end
+
+    @property
+    def failed(self) -> Failed:
+        assert isinstance(self.end, Failed), self.end
+        return self.end
+
+    def hear(self, event: Delta | Prefilled | Done | Failed | Embedded | Tokenized) -> None:
+        assert not self.ends, f"{event} after the end {self.ends}"
+        match event:
+            case Delta():
+                assert event.text or event.logprobs, "a Delta of nothing"
+                self.text += event.text
+                self.n_tokens += event.n_tokens
+                self.logprobs += event.logprobs
+            case Prefilled():
+                assert not self.prefilled, "prefilled twice"
+                assert not self.text, "prefilled after the first text"
+                self.prefilled.append(event)
+            case _:
+                self.ends.append(event)
+
+
+class Rig:
+    """One engine on a fake model, driven by hand; its clock stands unless it is set."""
+
+    def __init__(self, backend: FakeBackend | None = None, *, embeds: bool = False) -> None:
+        self.backend = backend or FakeBackend()
+        self.now = 0.0
+        self.told: dict[int, Told] = defaultdict(Told)
+        self.stats: list[Stats] = []
+        self.n_frames = 0
+        self.intake = Intake(send=self.hear, clock=lambda: self.now)
+        self.intake.serve(self.backend, embeds=embeds)
+        self.engine = Engine(
+            self.backend, inbox=self.intake.inbox, send=self.hear, clock=lambda: self.now
+        )
+
+    def hear(self, message: ToDaemon) -> None:
+        self.n_frames += 1
+        match message:
+            case Events():
+                for event in message.events:
+                    self.told[event.request].hear(event)
+            case Failed() | Embedded() | Tokenized():
+                self.told[message.request].hear(message)
+            case Stats():
+                self.stats.append(message)
+            case _:
+                raise AssertionError(message)
+
+    def send(self, message: ToWorker) -> None:
+        self.intake.on_message(message)
+
+    def submit(self, request: int, prompt: str | list[PromptPart], **options: Any) -> None:
+        parts = [Text(prompt, parse_special=True)] if isinstance(prompt, str) else prompt
+        self.send(Submit(request, parts, **options))
+
+    def step(self, n: int = 1) -> None:
+        for _ in range(n):
+            self.engine.step()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.engine._generations or self.engine._embeddings) or (
+            not self.intake.inbox.empty()
+        )
+
+    def finish(self) -> None:
+        for _ in range(100_000):
+            if not self.is_busy:
+                return
+            self.step()
+        raise AssertionError("the engine does not come to an end")
+
+
+def run_alone(submit: Submit, **shape: Any) -> Told:
+    """What a request is told by a fresh engine that does nothing else."""
+    rig = Rig(FakeBackend(**shape))
+    rig.send(submit)
+    rig.finish()
+    return rig.told[submit.request]
