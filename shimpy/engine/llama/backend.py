@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from shimpy.engine.backend import Chunk, FimRole, Sampler
 from shimpy.engine.llama.context import Context
 from shimpy.engine.llama.embed import Embedder
 from shimpy.engine.llama.grammar import GrammarMaker
-from shimpy.engine.llama.loader import Model, load_model
+from shimpy.engine.llama.loader import Model, OnProgress, load_model
 from shimpy.engine.llama.log import LOG
 from shimpy.engine.llama.sampler import LlamaSampler
 from shimpy.engine.llama.vocab import Vocab
@@ -131,10 +131,10 @@ class LlamaBackend:
         return self._work
 
 
-def open_backend(load: Load, *, on_progress: Callable[[float], bool]) -> LlamaBackend:
+def open_backend(load: Load, *, on_progress: OnProgress) -> LlamaBackend:
     """Load a model as placed and make its context.
 
-    `on_progress` takes the part of the weights in place, 0 to 1, and answers whether to go on.
+    `on_progress` takes the part of the weights in place, 0 to 1; its False stops the load.
 
     Raises:
         LoadError: it can't be loaded; carries llama.cpp's last error lines.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import secrets
+import os
 from typing import Protocol
 
 import numpy as np
@@ -117,8 +117,9 @@ def nan_error() -> WorkerError:
 
 
 def _samplers(sampling: Sampling, *, n_vocab: int, n_best: int) -> list[Pointer]:
-    # A seed for all bits of a number: clients send negative and long ones.
-    seed = (secrets.randbits(32) if sampling.seed is None else sampling.seed) % _RANDOM_SEED
+    drawn = int.from_bytes(os.urandom(4), "little") if sampling.seed is None else sampling.seed
+    # Clients send negative and long ones, and llama.cpp's own word for "draw one" is a number.
+    seed = drawn % _RANDOM_SEED
     temperature = LL.llama_sampler_init_temp(sampling.temperature)
     top_k = LL.llama_sampler_init_top_k(n_best)
     if sampling.mirostat:

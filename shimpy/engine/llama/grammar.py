@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -195,6 +194,9 @@ def _parse(vocab: Vocab, text: str) -> Pointer:
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[bytearray]:
     """Collect what C code prints to stderr meanwhile: the parser says its errors nowhere else."""
+    # 20 ms that only a bad grammar needs.
+    import tempfile
+
     said = bytearray()
     with tempfile.TemporaryFile() as file:
         saved = os.dup(_STDERR)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-import importlib.metadata
 import os
 import sys
 from types import ModuleType
@@ -63,4 +62,7 @@ def bind_quick(name: str, result: Any, *arguments: Any) -> Any:
 
 def version() -> str:
     """Return the version of llama-cpp-python and of the llama.cpp in it."""
+    # 15 ms that only `--devices` and Hello need.
+    import importlib.metadata
+
     return f"{importlib.metadata.version('llama-cpp-python')} ({LL.llama_version().decode()})"

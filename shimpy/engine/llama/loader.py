@@ -15,8 +15,8 @@ from shimpy.engine.llama.log import LOG, install_log
 from shimpy.errors import LoadError
 from shimpy.protocol.messages import Load
 
-# Takes the part of the weights that is in place, 0 to 1; False stops the load.
-OnProgress = Callable[[float], bool]
+# Takes the part of the weights that is in place, 0 to 1; only False stops the load.
+OnProgress = Callable[[float], bool | None]
 
 # llama.cpp's own pattern for --cpu-moe (common/common.h, LLM_FFN_EXPS_REGEX).
 _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
@@ -87,6 +87,8 @@ def load_model(load: Load, *, on_progress: OnProgress) -> Model:
     handle = LL.llama_model_load_from_file(os.fsencode(load.path), params)
     if handle:
         return Model(handle)
+    if progress.error is not None:
+        raise progress.error
     if progress.was_cancelled:
         raise LoadError(f"loading {Path(load.path).name} was cancelled")
     raise load_error(f"llama.cpp could not load {load.path}", LOG.errors())
@@ -153,13 +155,15 @@ class _Progress:
         self._on_progress = on_progress
         self._next = 0.0
         self.was_cancelled = False
+        self.error: BaseException | None = None
         self.callback = LL.llama_progress_callback(self._take)
 
     def _take(self, fraction: float, _user_data: ctypes.c_void_p) -> bool:
         if fraction < self._next and fraction < 1.0:
             return True
         self._next = fraction + _PROGRESS_STEP
-        # An exception can't cross C: anything but True ends the load.
-        self.was_cancelled = True
-        self.was_cancelled = not self._on_progress(fraction)
-        return not self.was_cancelled
+        try:
+            self.was_cancelled = self._on_progress(fraction) is False
+        except BaseException as error:  # noqa: BLE001 (it can't cross C: it waits)
+            self.error = error
+        return not self.was_cancelled and self.error is None
