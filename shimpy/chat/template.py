@@ -133,6 +133,10 @@ class ChatTemplate:
         """Whether the model thinks before it answers, as far as its template tells."""
         return self.traits.thinking
 
+    def has_control(self, text: str) -> bool:
+        """Whether the text holds a control token of the model."""
+        return bool(self._control.find(text))
+
     def for_tools(self) -> ChatTemplate:
         """Return the template that is used when there are tools: this one, mostly."""
         return self._with_tools or self
