@@ -5,7 +5,7 @@
     NotFound                                                                     404
     BodyTooLarge                                                                 413
     Registry, Gguf: a model whose file is broken                                 422
-    QueueFull, Stopping                                        503 with Retry-After
+    QueueFull, HeldBack, Stopping                              503 with Retry-After
     DoesNotFit, other CapacityErrors                                             507
     Load, WorkerDied, Protocol, other ShimpyErrors                               500
     anything else: a bug, logged with its traceback under the request's id       500
@@ -25,6 +25,7 @@ import msgspec
 from shimpy.errors import (
     CapacityError,
     ContextExceededError,
+    HeldBackError,
     NotFoundError,
     QueueFullError,
     RegistryError,
@@ -71,6 +72,7 @@ _STATUS: dict[type[ShimpyError], int] = {
     NotFoundError: 404,
     QueueFullError: 503,
     StoppingError: 503,
+    HeldBackError: 503,
     CapacityError: 507,
     RegistryError: 422,
     ShimpyError: 500,
@@ -84,7 +86,7 @@ def status_of(error: ShimpyError) -> int:
 
 def headers_of(error: ShimpyError) -> dict[str, str]:
     """Return the headers that an error's answer carries."""
-    if isinstance(error, QueueFullError | StoppingError):
+    if isinstance(error, QueueFullError | HeldBackError | StoppingError):
         return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
     return {}
 

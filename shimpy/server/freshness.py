@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from shimpy.errors import NotFoundError
+from shimpy.errors import GgufError, NotFoundError
+from shimpy.logs import get_logger
 from shimpy.registry.model import Model
 
 # A scan's result is good for this many times as long as the scan took: a listing is milliseconds
 # old, and a flood of requests over a slow disk keeps at most one thread a sixth of its time busy.
 _AGE_PER_SCAN = 5.0
 WATCH_PERIOD_S = 30.0
+
+_log = get_logger("registry")
 
 
 class Scanner(Protocol):
@@ -54,10 +57,11 @@ class FreshRegistry:
         Raises:
             InvalidNameError: no name.
             NotFoundError: no such model.
+            GgufError: its file is broken; says how.
         """
         try:
             model = self._registry.resolve(text)
-        except NotFoundError:
+        except (NotFoundError, GgufError):
             await self._ensure_fresh()
             return self._registry.resolve(text)
         if await asyncio.to_thread(_is_current, model):
@@ -68,8 +72,11 @@ class FreshRegistry:
     async def watch(self) -> None:
         """Scan now and then, for ever, so that a vanished model does not linger unseen."""
         while True:
+            try:
+                await self.scan()
+            except Exception as error:  # noqa: BLE001 - the next scan may well succeed
+                _log.error("scan_failed", exc_info=error)
             await asyncio.sleep(WATCH_PERIOD_S)
-            await self._ensure_fresh()
 
     async def scan(self) -> None:
         """Look at the folders once more; a scan that began before this call does not count."""

@@ -13,6 +13,10 @@ from typing import Any
 
 from aiohttp import web
 
+from shimpy.logs import get_logger
+
+_log = get_logger("server")
+
 REQUEST_ID_HEADER = "X-Request-Id"
 _KEY = "shimpy.record"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -72,3 +76,9 @@ def record_of(request: web.Request) -> Record:
     """Return the record of a request that went through the app's middleware."""
     record: Record = request[_KEY]
     return record
+
+
+def log_bug(record: Record, error: BaseException) -> None:
+    """Log an exception that nobody planned, with its traceback, under the request's id."""
+    record.outcome = "internal"
+    _log.error("bug", request=record.request_id, exc_info=error)

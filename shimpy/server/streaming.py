@@ -19,7 +19,8 @@ from aiohttp import web
 
 from shimpy.errors import ShimpyError
 from shimpy.server.errors import InternalError, StoppingError
-from shimpy.server.record import Record
+from shimpy.server.record import Record, log_bug, record_of
+from shimpy.server.services import services_of
 
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
@@ -45,10 +46,6 @@ async def stream_chunks(
     request: web.Request,
     chunks: AsyncGenerator[bytes, None],
     form: StreamForm,
-    *,
-    record: Record,
-    is_stopping: Callable[[], bool],
-    on_bug: Callable[[BaseException], None],
 ) -> web.StreamResponse:
     """Send chunks as they come and return the response, closed.
 
@@ -56,14 +53,12 @@ async def stream_chunks(
         request: the request that is answered.
         chunks: whole chunks in the dialect's form; closed here, whatever happens.
         form: the dialect's form.
-        record: learns of an error that goes into the stream.
-        is_stopping: whether the daemon is going down, which is then the reason of a cancel.
-        on_bug: called with an exception that is no ShimpyError.
 
     Raises:
         ShimpyError: it came before the first chunk.
     """
     stream = _Stream(request, form.content_type)
+    record = record_of(request)
     async with aclosing(chunks):
         try:
             await _pump(chunks, stream)
@@ -72,7 +67,7 @@ async def stream_chunks(
                 raise
             await stream.finish_with(form.error_chunk(error), record, error)
         except asyncio.CancelledError:
-            if stream.is_open and is_stopping():
+            if stream.is_open and services_of(request).lifecycle.is_stopping:
                 stopping = StoppingError()
                 await stream.finish_with(form.error_chunk(stopping), record, stopping)
             raise
@@ -83,7 +78,7 @@ async def stream_chunks(
         except Exception as error:
             if not stream.is_open:
                 raise
-            on_bug(error)
+            log_bug(record, error)
             internal = InternalError(record.request_id)
             await stream.finish_with(form.error_chunk(internal), record, internal)
     return stream.response

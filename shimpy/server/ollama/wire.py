@@ -259,12 +259,12 @@ def parse_keep_alive(value: Any) -> float | None:
                     f"keep_alive: {error.message}", option="keep_alive"
                 ) from None
         case _:
-            seconds = float(min(value, _FOREVER_S))
-    return math.inf if seconds < 0 or seconds >= _FOREVER_S else seconds
+            seconds = float(min(value, FOREVER_S))
+    return math.inf if seconds < 0 or seconds >= FOREVER_S else seconds
 
 
 # What Go's time.Duration holds at most: 292 years, as seconds.
-_FOREVER_S = 9_223_372_036
+FOREVER_S = 9_223_372_036
 
 
 def format_time(ns: int) -> str:

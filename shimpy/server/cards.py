@@ -1,0 +1,118 @@
+"""What the daemon keeps of a model's file beyond its shape: its metadata and its chat template.
+
+Made from the header in a thread (reading and trying out a template take some tens of
+milliseconds each), then kept for the models that were used last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from shimpy.chat.template import ChatTemplate
+from shimpy.chat.vocabulary import control_tokens
+from shimpy.errors import GgufError
+from shimpy.gguf.header import GgufArray, Header
+from shimpy.gguf.reader import read_header
+from shimpy.registry.model import Model
+
+# A card is some hundred kilobytes; more models than this are rarely used in turn.
+MAX_CARDS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """The parts of a model's header that requests need; immutable."""
+
+    template: ChatTemplate
+    # Texts of the vocabulary's control tokens.
+    control_tokens: tuple[str, ...]
+    # Texts of the start and the end token; "": there is none.
+    bos_text: str
+    eos_text: str
+
+    def compile_template(self, source: str) -> ChatTemplate:
+        """Return another template for this model; takes some tens of milliseconds.
+
+        Raises:
+            UserError: it can't be used.
+        """
+        return ChatTemplate.compile(
+            source,
+            control_tokens=self.control_tokens,
+            bos_text=self.bos_text,
+            eos_text=self.eos_text,
+            strict=True,
+        )
+
+
+class ModelCards:
+    """Cards by the model's digest; it belongs to the event loop's thread."""
+
+    def __init__(self, *, limit: int = MAX_CARDS) -> None:
+        self._limit = limit
+        self._cards: OrderedDict[str, ModelCard] = OrderedDict()
+
+    async def get(self, model: Model) -> ModelCard:
+        """Return the card of a usable model; reads its header when it is not kept.
+
+        Raises:
+            GgufError: the file can't be read any more.
+        """
+        card = self._cards.get(model.digest)
+        if card is None:
+            card = await asyncio.to_thread(make_card, model)
+            self._cards[model.digest] = card
+            while len(self._cards) > self._limit:
+                self._cards.popitem(last=False)
+        self._cards.move_to_end(model.digest)
+        return card
+
+
+def make_card(model: Model) -> ModelCard:
+    """Return a model's card; blocking."""
+    header = read_header(model.path)
+    tokens = control_texts(header)
+    bos_text, eos_text = token_text(header, "bos"), token_text(header, "eos")
+    template = ChatTemplate.compile(
+        header.get_str("tokenizer.chat_template", ""),
+        control_tokens=tokens,
+        arch=header.get_str("general.architecture", ""),
+        name=str(model.name),
+        bos_text=bos_text,
+        eos_text=eos_text,
+        tool_source=header.get_str("tokenizer.chat_template.tool_use", "") or None,
+    )
+    return ModelCard(
+        template=template, control_tokens=tuple(tokens), bos_text=bos_text, eos_text=eos_text
+    )
+
+
+def control_texts(header: Header) -> list[str]:
+    """Return the texts of the vocabulary's control tokens; none where there is no vocabulary."""
+    tokens = header.get_array("tokenizer.ggml.tokens")
+    if tokens is None:
+        return []
+    types = header.get_array("tokenizer.ggml.token_type")
+    kinds = None if types is None else [_int(header, kind) for kind in types]
+    return control_tokens([str(token) for token in tokens], kinds)
+
+
+def token_text(header: Header, role: str) -> str:
+    """Return the text of the start ("bos") or end ("eos") token; "": there is none."""
+    index = header.metadata.get(f"tokenizer.ggml.{role}_token_id")
+    tokens = header.get_array("tokenizer.ggml.tokens")
+    if not isinstance(index, int) or tokens is None or not 0 <= index < len(tokens):
+        return ""
+    return _nth(tokens, index)
+
+
+def _nth(tokens: GgufArray, index: int) -> str:
+    return next(str(token) for i, token in enumerate(tokens) if i == index)
+
+
+def _int(header: Header, value: object) -> int:
+    if not isinstance(value, int):
+        raise GgufError(f"{header.name}: tokenizer.ggml.token_type holds {value!r}")
+    return value

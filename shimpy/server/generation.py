@@ -1,0 +1,194 @@
+"""The one path that text takes: a request in no dialect in, events in no dialect out.
+
+    resolve the name -> the model's card -> render the prompt -> a lease -> Submit
+    -> Deltas -> parsed into thinking, content and tool calls -> Finished
+
+A dialect parses its body into a GenerationRequest and writes the events in its own form; it
+knows nothing of leases. Leaving the generator early, by an error or because the client has
+gone, gives the lease back, which frees the worker's slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from datetime import datetime
+from typing import assert_never
+
+from shimpy.chat import events as chat
+from shimpy.chat.events import OutputEvent
+from shimpy.chat.messages import ToolCall
+from shimpy.chat.parser import OutputParser
+from shimpy.errors import NotFoundError
+from shimpy.placement.placement import PlanOptions
+from shimpy.protocol.messages import Delta, Done, Prefilled, TokenLogprob
+from shimpy.registry.model import Model
+from shimpy.scheduler.lease import Lease
+from shimpy.server.errors import StoppingError
+from shimpy.server.events import (
+    ContentDelta,
+    Event,
+    Finished,
+    Started,
+    ThinkingDelta,
+    ToolCallMade,
+)
+from shimpy.server.options import Options
+from shimpy.server.prompts import prepare
+from shimpy.server.record import Record
+from shimpy.server.requests import GenerationRequest
+from shimpy.server.services import Services
+
+
+async def run_generation(
+    services: Services, request: GenerationRequest, record: Record
+) -> AsyncGenerator[Event, None]:
+    """Yield Started, what the model says, and Finished; `record` learns what happened.
+
+    Raises:
+        UserError: the request can't be served as it is (the context, an option, a capability).
+        NotFoundError: no such model.
+        CapacityError: no place for the model, or too many wait.
+        WorkerError: its worker failed or died, before or in the middle of the answer.
+    """
+    arrived_s = time.monotonic()
+    model = await find_model(services, request.model, record)
+    card = await services.cards.get(model)
+    prepared = await asyncio.to_thread(prepare, request, model, card, datetime.now().astimezone())
+    async with acquire(services, model, request.options, request.keep_alive_s, record) as lease:
+        answer = _Answer(prepared.parser)
+        async with aclosing(lease.generate(prepared.submit)) as mails:
+            async for mail in mails:
+                match mail:
+                    case Prefilled():
+                        record.n_prompt, record.n_cached = mail.n_prompt, mail.n_cached
+                        yield Started(n_prompt=mail.n_prompt, n_cached=mail.n_cached)
+                    case Delta():
+                        if record.first_token_s is None:
+                            record.first_token_s = time.monotonic() - arrived_s
+                        record.n_generated = (record.n_generated or 0) + mail.n_tokens
+                        for event in answer.take(mail):
+                            yield event
+                    case Done():
+                        for event in answer.finish():
+                            yield event
+                        yield _finish(mail, lease, record, time.monotonic() - arrived_s)
+                    case _:
+                        assert_never(mail)
+
+
+class _Answer:
+    """Turns the worker's text into events; logprobs go with the first text after them."""
+
+    def __init__(self, parser: OutputParser | None) -> None:
+        self._parser = parser
+        self._logprobs: list[TokenLogprob] = []
+        self._n_calls = 0
+
+    def take(self, delta: Delta) -> list[Event]:
+        """Return what is certain after more text."""
+        self._logprobs += delta.logprobs
+        parsed: list[OutputEvent]
+        if self._parser is not None:
+            parsed = self._parser.push(delta.text)
+        else:
+            parsed = [chat.ContentDelta(delta.text)] if delta.text or delta.logprobs else []
+        return [self._event(one) for one in parsed]
+
+    def finish(self) -> list[Event]:
+        """Return what the parser held back."""
+        return [] if self._parser is None else [self._event(e) for e in self._parser.finish()]
+
+    def _event(self, parsed: OutputEvent) -> Event:
+        match parsed:
+            case chat.ContentDelta(text=text):
+                return ContentDelta(text=text, logprobs=self._take_logprobs())
+            case chat.ThinkingDelta(text=text):
+                return ThinkingDelta(text=text, logprobs=self._take_logprobs())
+            case ToolCall():
+                self._n_calls += 1
+                return ToolCallMade(index=self._n_calls - 1, call=parsed)
+            case _:
+                assert_never(parsed)
+
+    def _take_logprobs(self) -> tuple[TokenLogprob, ...]:
+        taken = tuple(self._logprobs)
+        self._logprobs.clear()
+        return taken
+
+
+async def load_model(services: Services, request: GenerationRequest, record: Record) -> None:
+    """Load a request's model, or renew its keep_alive, and generate nothing.
+
+    Raises:
+        ShimpyError: as `run_generation`.
+    """
+    model = await find_model(services, request.model, record)
+    async with acquire(services, model, request.options, request.keep_alive_s, record):
+        return
+
+
+async def unload_model(services: Services, name: str, record: Record) -> bool:
+    """Unload a model once its last request has ended; return whether it was loaded.
+
+    Raises:
+        NotFoundError: no such model.
+    """
+    model = await find_model(services, name, record)
+    return services.scheduler.unload(str(model.name))
+
+
+async def find_model(services: Services, name: str, record: Record) -> Model:
+    """Return a model that can be used.
+
+    Raises:
+        NotFoundError: no such model.
+        GgufError: its file is broken; says how.
+    """
+    try:
+        model = await services.registry.resolve(name)
+    except NotFoundError as error:
+        # The words that Ollama's clients look for.
+        raise NotFoundError(f"model '{name}' not found: {error.message}") from error
+    record.model = str(model.name)
+    return model
+
+
+@asynccontextmanager
+async def acquire(
+    services: Services,
+    model: Model,
+    options: Options,
+    keep_alive_s: float | None,
+    record: Record,
+) -> AsyncIterator[Lease]:
+    """Hold a model loaded; `record` learns what the wait was for. Errors as for the scheduler."""
+    plan_options = PlanOptions(n_ctx=options.n_ctx, n_gpu_layers=options.n_gpu_layers)
+    asked_s = time.monotonic()
+    async with services.scheduler.acquire(model, plan_options, keep_alive=keep_alive_s) as lease:
+        record.acquire_s = time.monotonic() - asked_s
+        record.load_s = lease.load_s
+        yield lease
+
+
+def _finish(done: Done, lease: Lease, record: Record, total_s: float) -> Finished:
+    if done.reason == "cancelled":
+        # Nobody here asked for it: the worker is being stopped.
+        raise StoppingError("the model was unloaded in the middle of the answer")
+    record.outcome = done.reason
+    record.n_generated = done.n_generated
+    record.queue_s, record.prefill_s, record.decode_s = done.queue_s, done.prefill_s, done.decode_s
+    return Finished(
+        reason=done.reason,
+        stop_string=done.stop_string,
+        n_prompt=done.n_prompt,
+        n_cached=done.n_cached,
+        n_generated=done.n_generated,
+        prefill_s=done.prefill_s,
+        decode_s=done.decode_s,
+        load_s=lease.load_s,
+        total_s=total_s,
+        tokens=tuple(done.tokens),
+    )

@@ -1,0 +1,1 @@
+"""shimpy's own routes: what Ollama's dialect has no words for."""

@@ -1,0 +1,180 @@
+"""Ollama's routes: bodies parsed by `requests`, answers formed by `answers` and `listing`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from aiohttp import hdrs, web
+
+import shimpy
+from shimpy.gguf.reader import read_header
+from shimpy.server.bodies import read_body
+from shimpy.server.events import Event
+from shimpy.server.generation import find_model, load_model, run_generation, unload_model
+from shimpy.server.ollama import answers, listing, residents
+from shimpy.server.ollama.requests import parse_chat, parse_generate, parse_model
+from shimpy.server.ollama.wire import (
+    ChatBody,
+    ChatChunk,
+    GenerateBody,
+    GenerateChunk,
+    ShowBody,
+    format_local_time,
+)
+from shimpy.server.record import record_of
+from shimpy.server.requests import ChatPrompt, GenerationRequest, PlainPrompt
+from shimpy.server.services import services_of
+from shimpy.server.streaming import (
+    NDJSON,
+    SSE,
+    StreamForm,
+    json_response,
+    ndjson_line,
+    sse_data,
+    stream_chunks,
+)
+
+_NDJSON_FORM = StreamForm(
+    content_type=NDJSON, error_chunk=lambda error: ndjson_line({"error": error.message})
+)
+_BARE_TEXT_FORM = StreamForm(
+    content_type=SSE, error_chunk=lambda error: sse_data(f"[ERROR] {error.message}")
+)
+_DONE = sse_data("[DONE]")
+_COPILOT = "GitHubCopilotChat/"
+
+
+async def root(_: web.Request) -> web.Response:
+    """GET /: Ollama's command line takes this for a sign of life."""
+    return web.Response(text="Ollama is running")
+
+
+async def version(_: web.Request) -> web.Response:
+    """GET /api/version: three plain numbers, which is what clients can parse."""
+    return json_response({"version": shimpy.__version__})
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    """POST /api/generate, in Ollama's form and in the older native one."""
+    services, record = services_of(request), record_of(request)
+    body = await read_body(request, GenerateBody)
+    asked = parse_generate(body)
+    if _is_empty(asked):
+        reason = await _load_or_unload(request, asked)
+        return json_response(answers.idle_generate(asked.model, reason))
+    events = run_generation(services, asked, record)
+    if body.stream is not False and _wants_sse(request):
+        return await stream_chunks(request, _bare_text(events), _BARE_TEXT_FORM)
+    chunks = answers.generate_chunks(events, model=asked.model, wants_context=not body.raw)
+    if body.stream is False:
+        return json_response(await answers.whole_generate(chunks))
+    return await stream_chunks(request, _lines(chunks), _NDJSON_FORM)
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    """POST /api/chat."""
+    services, record = services_of(request), record_of(request)
+    body = await read_body(request, ChatBody)
+    asked = parse_chat(body)
+    if _is_empty(asked):
+        reason = await _load_or_unload(request, asked)
+        return json_response(answers.idle_chat(asked.model, reason))
+    chunks = answers.chat_chunks(run_generation(services, asked, record), model=asked.model)
+    if body.stream is False:
+        return json_response(await answers.whole_chat(chunks))
+    return await stream_chunks(request, _lines(chunks), _NDJSON_FORM)
+
+
+async def tags(request: web.Request) -> web.Response:
+    """GET /api/tags: the models that can be used."""
+    models = await services_of(request).registry.models()
+    usable = [model for model in models if model.error is None]
+    return json_response({"models": [listing.tag_entry(model) for model in usable]})
+
+
+async def ps(request: web.Request) -> web.Response:
+    """GET /api/ps: the loaded models."""
+    loaded = services_of(request).scheduler.residents()
+    return json_response({"models": residents.resident_entries(loaded)})
+
+
+async def show(request: web.Request) -> web.Response:
+    """POST /api/show: what a model is and can do, and where it would be placed here."""
+    services = services_of(request)
+    body = await read_body(request, ShowBody)
+    name = parse_model(body.model, body.name)
+    model = await find_model(services, name, record_of(request))
+    header = await asyncio.to_thread(read_header, model.path)
+    await services.cards.get(model)
+    info = listing.model_info(model, header, verbose=bool(body.verbose))
+    if request.headers.get(hdrs.USER_AGENT, "").startswith(_COPILOT):
+        # Copilot names the model in its picker by this key.
+        info["general.basename"] = name
+    return json_response(
+        {
+            "license": str(header.metadata.get("general.license", "")),
+            "modelfile": listing.modelfile(model),
+            "parameters": "",
+            "template": listing.shown_template(model),
+            "system": "",
+            "details": listing.details(model),
+            "messages": [],
+            "model_info": info,
+            "tensors": listing.tensor_rows(header),
+            "capabilities": listing.capabilities(model),
+            "modified_at": format_local_time(model.modified_s),
+            "experts": listing.experts(model),
+        }
+    )
+
+
+ROUTES = [
+    web.get("/", root),
+    web.get("/api/version", version),
+    web.post("/api/generate", generate),
+    web.post("/api/chat", chat),
+    web.get("/api/tags", tags),
+    web.get("/api/ps", ps),
+    web.post("/api/show", show),
+]
+
+
+def _is_empty(asked: GenerationRequest) -> bool:
+    """Whether there is nothing to answer, so that the model is only to be loaded or unloaded."""
+    match asked.prompt:
+        case PlainPrompt(text=text):
+            return not text
+        case ChatPrompt(messages=messages):
+            return not messages
+        case _:
+            return False
+
+
+async def _load_or_unload(request: web.Request, asked: GenerationRequest) -> str:
+    services, record = services_of(request), record_of(request)
+    if asked.keep_alive_s == 0:
+        await unload_model(services, asked.model, record)
+        return "unload"
+    await load_model(services, asked, record)
+    return "load"
+
+
+def _wants_sse(request: web.Request) -> bool:
+    return SSE in request.headers.get(hdrs.ACCEPT, "").lower()
+
+
+async def _lines(
+    chunks: AsyncGenerator[GenerateChunk, None] | AsyncGenerator[ChatChunk, None],
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield ndjson_line(chunk)
+
+
+async def _bare_text(events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(answers.bare_text(events)) as texts:
+        async for text in texts:
+            yield sse_data(text)
+    yield _DONE

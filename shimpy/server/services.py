@@ -1,0 +1,78 @@
+"""What the routes work with: made by `daemon`, handed to every handler through the app."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from shimpy.config import Config
+from shimpy.placement.hardware import Hardware
+from shimpy.scheduler.scheduler import Scheduler
+from shimpy.server.cards import ModelCards
+from shimpy.server.freshness import FreshRegistry
+from shimpy.server.guard import Guard
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Which requests run, and whether the daemon is going down."""
+
+    is_stopping: bool = False
+    _running: set[asyncio.Task[object]] = field(default_factory=set)
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def n_running(self) -> int:
+        """How many requests run."""
+        return len(self._running)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the current task's request as running."""
+        task = asyncio.current_task()
+        assert task is not None, "requests run in tasks"
+        self._running.add(task)
+        try:
+            yield
+        finally:
+            self._running.discard(task)
+            if not self._running:
+                self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no request runs."""
+        while self._running:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def cancel_running(self) -> int:
+        """Cancel all running requests and return how many there were."""
+        for task in self._running:
+            task.cancel()
+        return len(self._running)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Everything that a handler may need; all of it belongs to the event loop's thread."""
+
+    config: Config
+    registry: FreshRegistry
+    scheduler: Scheduler
+    cards: ModelCards
+    # Blocking: call it in a thread.
+    probe: Callable[[], Hardware]
+    guard: Guard
+    lifecycle: Lifecycle
+
+
+SERVICES = web.AppKey("services", Services)
+
+
+def services_of(request: web.Request) -> Services:
+    """Return the services of the app that a request came to."""
+    return request.app[SERVICES]
