@@ -51,13 +51,14 @@ Death = Literal["exit", "abort", "segv", "bus", "kill", "cuda_oom", "garbage", "
 class Script:
     """What the worker of one model does; kept beside the model's file."""
 
-    # A FIFO that is opened for reading before the worker answers Load.
+    # FIFOs at Load: one gets a word, then one is waited for.
+    load_tells: str | None = None
     load_gate: str | None = None
     # How the load ends, if not in Ready.
     load_fails: str | None = None
     load_out_of_memory: bool = False
-    # Only loads with at most this context succeed; a larger one runs out of memory.
-    max_n_ctx: int | None = None
+    # A load that puts layers on a GPU runs out of memory.
+    fails_on_gpu: bool = False
     # Ways to die: before Ready, at the first Submit, after some text of it, or on a gate.
     dies_loading: Death | None = None
     dies_on_submit: Death | None = None
@@ -70,7 +71,7 @@ class Script:
     # Takes neither the Shutdown frame nor SIGTERM.
     is_deaf: bool = False
     # A FIFO that gets a word when a Cancel arrives.
-    tells: str | None = None
+    cancel_tells: str | None = None
     prints: list[str] = field(default_factory=list)
     memory: list[tuple[str, int]] = field(default_factory=list)
     load_s: float = 0.01
@@ -122,8 +123,7 @@ class FakeEngine:
                 self._send(Tokenized(request=message.request, ids=[1], text=message.text))
             case Cancel():
                 self._cancelled.add(message.request)
-                if self._script.tells is not None:
-                    Path(self._script.tells).write_text("cancelled", encoding="ascii")
+                _tell(self._script.cancel_tells)
             case SetThreads():
                 self._threads = message.n_threads
             case Shutdown():
@@ -136,15 +136,16 @@ class FakeEngine:
         if script.is_deaf:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for line in script.prints:
-            print(line, file=sys.stderr, flush=True)
+            _print(line)
         self._send(Loading(fraction=0.5))
+        _tell(script.load_tells)
         _wait(script.load_gate)
         if script.dies_loading is not None:
             self._die(script.dies_loading)
-        too_large = script.max_n_ctx is not None and load.n_ctx > script.max_n_ctx
-        if script.load_fails is not None or too_large:
-            message = script.load_fails or f"no memory for a context of {load.n_ctx}"
-            out_of_memory = script.load_out_of_memory or too_large
+        on_gpu = script.fails_on_gpu and load.n_gpu_layers > 0
+        if script.load_fails is not None or on_gpu:
+            message = script.load_fails or "no memory on the GPU"
+            out_of_memory = script.load_out_of_memory or on_gpu
             self._send(LoadFailed(message=message, out_of_memory=out_of_memory))
             return
         self._send(
@@ -204,7 +205,7 @@ class FakeEngine:
             case "exit":
                 os._exit(7)
             case "abort":
-                print("GGML_ASSERT(n_tokens <= n_batch) failed", file=sys.stderr, flush=True)
+                _print("GGML_ASSERT(n_tokens <= n_batch) failed")
                 os.abort()
             case "segv":
                 os.kill(os.getpid(), signal.SIGSEGV)
@@ -213,13 +214,13 @@ class FakeEngine:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "cuda_oom":
-                print("CUDA error: out of memory", file=sys.stderr, flush=True)
+                _print("CUDA error: out of memory")
                 os.abort()
             case "garbage":
                 with self._send_lock:
                     self._channel.sendall(b"\x04\x00\x00\x00!!!!")
             case "hang_up":
-                self._channel.shutdown(socket.SHUT_RDWR)
+                self._channel.shutdown(socket.SHUT_WR)
         threading.Event().wait()
 
     def _send_event(self, event: Delta | Prefilled | Done | Failed) -> None:
@@ -230,10 +231,21 @@ class FakeEngine:
             self._channel.sendall(encode_frame(message))
 
 
+def _print(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 def _wait(fifo: str | None) -> None:
     """Wait until somebody has opened the FIFO for writing and closed it."""
     if fifo is not None:
         Path(fifo).read_bytes()
+
+
+def _tell(fifo: str | None) -> None:
+    """Wait until somebody has read a word from the FIFO."""
+    if fifo is not None:
+        Path(fifo).write_text("here", encoding="ascii")
 
 
 def main() -> None:

@@ -234,7 +234,8 @@ class SchedulerCore:
             return []
         queue = self._queues[resident.key]
         effects = self._load_ended(queue, resident, message, now, out_of_memory=out_of_memory)
-        effects += self._stop(resident, f"its load failed: {message}", now)
+        resident.phase = Phase.STOPPING
+        effects.append(StopWorker(worker=worker, reason="its load failed"))
         return self._settle(effects, now)
 
     def on_worker_exit(self, worker: WorkerId, end: WorkerExit, now: float) -> list[Effect]:
@@ -439,8 +440,7 @@ class SchedulerCore:
                     ledger.claim(room.rung)
                     return effects
                 case policy.Wait():
-                    self._wait(queue, room, ledger, now)
-                    return effects
+                    return effects + self._wait(queue, room, ledger, now)
                 case policy.Refuse():
                     message = f"{queue.key} does not fit on this machine: {room.reason}"
                     effects.append(_note("refused", queue.key, message, now))
@@ -496,16 +496,22 @@ class SchedulerCore:
             queue, partial(LoadError, message, out_of_memory=True)
         )
 
-    def _wait(self, queue: ModelQueue, room: policy.Wait, ledger: Ledger, now: float) -> None:
+    def _wait(
+        self, queue: ModelQueue, room: policy.Wait, ledger: Ledger, now: float
+    ) -> list[Effect]:
+        effects: list[Effect] = []
         if queue.blocked_since_s is None:
             queue.blocked_since_s = now
-        if not queue.is_impatient:
-            return
-        ledger.claim(room.rung, after=room.holders)
-        first = queue.waiting[0].id
-        for holder in room.holders:
-            if holder.yields_to is None or first < holder.yields_to:
-                holder.yields_to = first
+            holders = ", ".join(sorted(holder.key for holder in room.holders))
+            reason = f"its memory is held by {holders}; a busy model is not evicted"
+            effects.append(_note("wait", queue.key, reason, now))
+        if queue.is_impatient:
+            ledger.claim(room.rung, after=room.holders)
+            first = queue.waiting[0].id
+            for holder in room.holders:
+                if holder.yields_to is None or first < holder.yields_to:
+                    holder.yields_to = first
+        return effects
 
     def _start_planned(
         self,

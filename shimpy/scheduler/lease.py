@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import msgspec
 
 from shimpy.errors import (
-    CapacityError,
     ContextExceededError,
     ProtocolError,
     ShimpyError,
@@ -29,9 +28,8 @@ from shimpy.protocol.messages import (
     Tokenize,
     Tokenized,
 )
-from shimpy.scheduler.mailbox import MAX_UNREAD_BYTES, Mail, Mailbox
+from shimpy.scheduler.mailbox import Mail, Mailbox
 from shimpy.scheduler.worker import Worker
-from shimpy.units import format_bytes
 
 
 class Lease:
@@ -56,17 +54,12 @@ class Lease:
         Raises:
             ShimpyError: of the kind that the worker reported.
             WorkerDiedError: the worker ended; says why.
-            CapacityError: the reader fell more than MAX_UNREAD_BYTES behind.
+            CapacityError: the reader fell more than mailbox.MAX_UNREAD_BYTES behind.
         """
         with self._open() as (request, mailbox):
             self._worker.send(msgspec.structs.replace(submit, request=request))
             await self._worker.wait_writable()
             while True:
-                if mailbox.is_overfull:
-                    raise CapacityError(
-                        f"more than {format_bytes(MAX_UNREAD_BYTES)} of generated text were not "
-                        "read: the generation was cancelled"
-                    )
                 mail = await self._next(mailbox)
                 match mail:
                     case Done():

@@ -163,8 +163,11 @@ class Scheduler:
         traceback: TracebackType | None,
     ) -> None:
         self._carry_out(self._core.on_drain_over(self._clock.now()))
+        # Cancelled, the workers are killed; else they get their deadlines. An error of the
+        # block's own goes on its way as it is, not in a group of the tasks' errors.
+        cause = exc if isinstance(exc, asyncio.CancelledError) else None
         try:
-            await self._tasks.__aexit__(exc_type, exc, traceback)
+            await self._tasks.__aexit__(type(cause) if cause else None, cause, traceback)
         finally:
             if self._timer is not None:
                 self._timer.cancel()

@@ -133,7 +133,17 @@ class ModelQueue:
 
 
 EventKind = Literal[
-    "load", "ready", "load_failed", "retry", "unload", "evict", "reload", "died", "held", "refused"
+    "load",
+    "ready",
+    "load_failed",
+    "retry",
+    "wait",
+    "unload",
+    "evict",
+    "reload",
+    "died",
+    "held",
+    "refused",
 ]
 
 

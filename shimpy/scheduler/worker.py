@@ -15,10 +15,11 @@ from pathlib import Path
 
 import structlog
 
-from shimpy.errors import ProtocolError, WorkerDiedError
+from shimpy.errors import CapacityError, ProtocolError, WorkerDiedError
 from shimpy.protocol.codec import daemon_decoder, encode_frame
 from shimpy.protocol.messages import (
     PROTOCOL_VERSION,
+    Cancel,
     Events,
     Hello,
     Load,
@@ -31,7 +32,8 @@ from shimpy.protocol.messages import (
     ToWorker,
 )
 from shimpy.scheduler.exits import ExitKind, WorkerExit, classify_exit
-from shimpy.scheduler.mailbox import Mail, Mailbox
+from shimpy.scheduler.mailbox import MAX_UNREAD_BYTES, Mail, Mailbox
+from shimpy.units import format_bytes
 
 ENGINE_ARGV = (sys.executable, "-m", "shimpy.engine")
 
@@ -306,8 +308,14 @@ class Worker:
     def _deliver(self, mail: Mail) -> None:
         """Put mail in its request's box; what comes for a request that has left is dropped."""
         mailbox = self._mailboxes.get(mail.request)
-        if mailbox is not None:
-            mailbox.put(mail)
+        if mailbox is None:
+            return
+        mailbox.put(mail)
+        if mailbox.is_overfull:
+            limit = format_bytes(MAX_UNREAD_BYTES)
+            mailbox.close(CapacityError(f"generation was cancelled: {limit} of it were not read"))
+            del self._mailboxes[mail.request]
+            self.send(Cancel(request=mail.request))
 
     async def _read_output(self, stream: asyncio.StreamReader) -> None:
         """Keep the last lines that it printed; a pipe that is full would stop it."""

@@ -3,151 +3,360 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-import os
-import signal
-import sys
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from typing import Any
+from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
-from shimpy.config import Config
 from shimpy.errors import (
     CapacityError,
     ContextExceededError,
     DoesNotFitError,
-    HeldBackError,
+    GgufError,
     LoadError,
     QueueFullError,
     WorkerDiedError,
 )
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import PlanOptions
-from shimpy.protocol.messages import Delta, Done, Prefilled, Submit
+from shimpy.protocol.messages import Done, Prefilled, Submit, Text
 from shimpy.registry.model import Model
-from shimpy.scheduler.lease import Lease
 from shimpy.scheduler.scheduler import Scheduler
-from shimpy.scheduler.worker import Deadlines
-from tests.fake_engine import Script
-from tests.scheduler.support import make_hardware, make_model, make_shape, plan
-
-FAKE_ENGINE = (sys.executable, str(Path(__file__).parents[1] / "fake_engine.py"))
-ANY = PlanOptions()
-
-
-class FakeClock:
-    """Time that moves when the test says so."""
-
-    def __init__(self) -> None:
-        self.time_s = 1000.0
-        self._calls: list[FakeHandle] = []
-
-    def now(self) -> float:
-        return self.time_s
-
-    def call_at(self, when_s: float, callback: Callable[[], None]) -> FakeHandle:
-        handle = FakeHandle(when_s, callback)
-        self._calls.append(handle)
-        return handle
-
-    def advance(self, seconds: float) -> None:
-        self.time_s += seconds
-        due = [call for call in self._calls if call.when_s <= self.time_s]
-        self._calls = [call for call in self._calls if call.when_s > self.time_s]
-        for call in due:
-            if not call.is_cancelled:
-                call.callback()
-
-
-class FakeHandle:
-    def __init__(self, when_s: float, callback: Callable[[], None]) -> None:
-        self.when_s = when_s
-        self.callback = callback
-        self.is_cancelled = False
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-
-class Workshop:
-    """Makes models with scripts, gates, and schedulers over the fake engine."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.clock = FakeClock()
-        self.hardware = make_hardware()
-
-    def model(self, name: str, *, mib: int = 100, kv_bytes: int = 0, **script: Any) -> Model:
-        path = self.folder / f"{name}.gguf"
-        path.touch()
-        Script(**script).save(path)
-        return make_model(name, make_shape(dense_mib=mib, kv_bytes=kv_bytes), path=path)
-
-    def gate(self, name: str) -> str:
-        path = self.folder / name
-        os.mkfifo(path)
-        return str(path)
-
-    def scheduler(self, **settings: Any) -> Scheduler:
-        def probe() -> Hardware:
-            return self.hardware
-
-        deadlines = Deadlines(load_s=20, shutdown_s=0.5, terminate_s=0.5, linger_s=1)
-        return Scheduler(
-            Config(**settings),
-            probe,
-            planner=plan,
-            engine_argv=FAKE_ENGINE,
-            clock=self.clock,
-            deadlines=deadlines,
-        )
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return Workshop(tmp_path)
-
-
-async def open_gate(path: str) -> None:
-    """Let the worker that waits at the gate pass; waits until one does."""
-    await asyncio.to_thread(lambda: Path(path).open("w").close())
-
-
-async def generate(lease: Lease) -> str:
-    async with contextlib.aclosing(lease.generate(Submit(request=0, prompt=[]))) as events:
-        return "".join([event.text async for event in events if isinstance(event, Delta)])
-
-
-async def use(scheduler: Scheduler, model: Model, options: PlanOptions = ANY, **how: Any) -> str:
-    async with scheduler.acquire(model, options, **how) as lease:
-        return await generate(lease)
-
-
-async def wait_event(scheduler: Scheduler, kind: str) -> None:
-    """Wait until the scheduler has noted an event of a kind, now or before."""
-    async with contextlib.aclosing(scheduler.events()) as events:
-        pending = asyncio.ensure_future(anext(events))
-        await asyncio.sleep(0)
-        while not any(event.kind == kind for event in scheduler.history()):
-            await pending
-            pending = asyncio.ensure_future(anext(events))
-            await asyncio.sleep(0)
-        pending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await pending
+from tests.scheduler.support import make_hardware
+from tests.scheduler.workshop import (
+    ANY,
+    SUBMIT,
+    Workshop,
+    generate,
+    hear,
+    held,
+    is_running,
+    kinds,
+    open_gate,
+    use,
+    wait_event,
+)
 
 
 async def test_loads_on_demand_and_streams(workshop: Workshop) -> None:
     model = workshop.model("a")
     async with workshop.scheduler() as scheduler:
         async with scheduler.acquire(model, ANY) as lease:
-            events = [event async for event in lease.generate(Submit(request=0, prompt=[]))]
+            events = [event async for event in lease.generate(SUBMIT)]
             assert scheduler.residents()[0].n_leases == 1
-        assert [type(event) for event in events][0] is Prefilled
+        assert isinstance(events[0], Prefilled)
         assert isinstance(events[-1], Done)
         (resident,) = scheduler.residents()
         assert (resident.state, resident.n_leases, resident.n_waiting) == ("ready", 0, 0)
-    assert [event.kind for event in scheduler.history()] == ["load", "ready", "unload"]
+        assert resident.ready is not None
+        assert resident.load_fraction == 1.0
+    assert kinds(scheduler) == ["load", "ready", "unload"]
+
+
+async def test_a_second_request_finds_the_model_resident(workshop: Workshop) -> None:
+    """`load_s` is what a client sees as load_duration: the first pays, the second does not."""
+    model = workshop.model("a", load_gate=workshop.gate("load"))
+    async with workshop.scheduler() as scheduler:
+        first = asyncio.create_task(lease_s(scheduler, model))
+        await wait_event(scheduler, "load")
+        workshop.clock.advance(3)
+        await open_gate(workshop.folder / "load")
+        assert await first == 3
+        assert await lease_s(scheduler, model) == 0
+        assert kinds(scheduler).count("load") == 1
+
+
+async def lease_s(scheduler: Scheduler, model: Model) -> float:
+    async with scheduler.acquire(model, ANY) as lease:
+        return lease.load_s
+
+
+async def test_requests_join_a_load(workshop: Workshop) -> None:
+    model = workshop.model("a", load_gate=workshop.gate("load"))
+    async with workshop.scheduler() as scheduler:
+        users = [asyncio.create_task(use(scheduler, model)) for _ in range(5)]
+        await open_gate(workshop.folder / "load")
+        assert await asyncio.gather(*users) == ["Once upon a time"] * 5
+        assert kinds(scheduler).count("load") == 1
+
+
+async def test_a_loaded_model_does_not_wait_for_another_load(workshop: Workshop) -> None:
+    """No head-of-line blocking: `a` is served from start to end while `b` loads."""
+    a, b = workshop.model("a"), workshop.model("b", load_gate=workshop.gate("load"))
+    async with workshop.scheduler() as scheduler:
+        await use(scheduler, a)
+        waiting = asyncio.create_task(use(scheduler, b))
+        await wait_event(scheduler, "load", 2)
+        assert await use(scheduler, a) == "Once upon a time"
+        assert not waiting.done()
+        await open_gate(workshop.folder / "load")
+        await waiting
+
+
+async def test_keep_alive_runs_from_the_end_of_the_last_lease(workshop: Workshop) -> None:
+    model = workshop.model("a")
+    async with workshop.scheduler(keep_alive=300.0) as scheduler:
+        await use(scheduler, model)
+        workshop.clock.advance(200)
+        await use(scheduler, model)
+        workshop.clock.advance(299)
+        assert scheduler.residents()[0].state == "ready"
+        workshop.clock.advance(2)
+        assert scheduler.residents()[0].state == "stopping"
+        await scheduler.drain(5)
+    assert scheduler.history()[-1].reason == "idle for its keep_alive of 5m0s"
+
+
+async def test_a_request_replaces_keep_alive(workshop: Workshop) -> None:
+    model = workshop.model("a")
+    async with workshop.scheduler(keep_alive=300.0) as scheduler:
+        await use(scheduler, model, keep_alive=-1.0)
+        assert scheduler.residents()[0].expires_at_s == math.inf
+        workshop.clock.advance(1e9)
+        assert scheduler.residents()[0].state == "ready"
+        await use(scheduler, model, keep_alive=0.0)
+        assert scheduler.residents()[0].state == "stopping"
+
+
+async def test_a_busy_model_does_not_expire(workshop: Workshop) -> None:
+    model = workshop.model("a")
+    async with workshop.scheduler() as scheduler, held(scheduler, model):
+        workshop.clock.advance(1e6)
+        assert scheduler.residents()[0].state == "ready"
+
+
+async def test_unload(workshop: Workshop) -> None:
+    model = workshop.model("a")
+    async with workshop.scheduler() as scheduler:
+        assert not scheduler.unload("a:latest")
+        await use(scheduler, model)
+        assert scheduler.unload("a:latest")
+        assert scheduler.residents()[0].state == "stopping"
+        assert not scheduler.unload("a:latest")
+
+
+async def test_unload_of_a_busy_model_waits_for_its_last_lease(workshop: Workshop) -> None:
+    model = workshop.model("a")
+    async with workshop.scheduler() as scheduler:
+        async with held(scheduler, model):
+            assert scheduler.unload("a:latest")
+            assert scheduler.residents()[0].state == "ready"
+        assert scheduler.residents()[0].state == "stopping"
+
+
+async def test_a_request_for_a_model_that_stops_gets_a_fresh_one(workshop: Workshop) -> None:
+    model = workshop.model("a")
+    async with workshop.scheduler() as scheduler:
+        await use(scheduler, model, keep_alive=0.0)
+        assert scheduler.residents()[0].state == "stopping"
+        assert await use(scheduler, model) == "Once upon a time"
+        assert kinds(scheduler).count("ready") == 2
+
+
+async def test_an_idle_model_makes_room(workshop: Workshop) -> None:
+    a, b = workshop.model("a", mib=600), workshop.model("b", mib=600)
+    async with workshop.scheduler() as scheduler:
+        workshop.hardware = make_hardware(ram_mib=1000)
+        await use(scheduler, a)
+        await use(scheduler, b)
+        (evicted,) = (event for event in scheduler.history() if event.kind == "evict")
+        assert (evicted.model, evicted.reason) == (
+            "a:latest",
+            "its memory was needed for b:latest",
+        )
+        assert [str(info.model.name) for info in scheduler.residents()] == ["b:latest"]
+
+
+async def test_a_busy_model_is_waited_for(workshop: Workshop) -> None:
+    a, b = workshop.model("a", mib=600), workshop.model("b", mib=600)
+    async with workshop.scheduler() as scheduler:
+        workshop.hardware = make_hardware(ram_mib=1000)
+        async with held(scheduler, a):
+            waiting = asyncio.create_task(use(scheduler, b))
+            await wait_event(scheduler, "wait")
+            assert scheduler.waiting()[0].n_waiting == 1
+            assert scheduler.residents()[0].state == "ready"
+        assert await waiting == "Once upon a time"
+
+
+async def test_what_never_fits_is_refused_at_once(workshop: Workshop) -> None:
+    model = workshop.model("a", mib=20_000)
+    async with workshop.scheduler() as scheduler:
+        with pytest.raises(DoesNotFitError, match=r"a:latest does not fit.* lacks 10000 MiB"):
+            await use(scheduler, model)
+
+
+async def test_two_contexts_cost_one_reload(workshop: Workshop) -> None:
+    """Clients with different num_ctx must not reload the model back and forth."""
+    model = workshop.model("a")
+    async with workshop.scheduler() as scheduler:
+        for _ in range(5):
+            await use(scheduler, model, PlanOptions(n_ctx=2048))
+            await use(scheduler, model, PlanOptions(n_ctx=8192))
+        assert kinds(scheduler).count("load") == 2
+        (reload,) = (event for event in scheduler.history() if event.kind == "reload")
+        assert reload.reason == "a context of 8192 was asked for, 2048 is loaded"
+
+
+async def test_the_queue_is_bounded(workshop: Workshop) -> None:
+    model = workshop.model("a", load_gate=workshop.gate("load"))
+    async with workshop.scheduler(max_queue=2) as scheduler:
+        users = [asyncio.create_task(use(scheduler, model)) for _ in range(2)]
+        await wait_event(scheduler, "load")
+        with pytest.raises(QueueFullError, match="2 requests wait for a:latest") as full:
+            await use(scheduler, model)
+        assert full.value.retry_after_s >= 1
+        await open_gate(workshop.folder / "load")
+        await asyncio.gather(*users)
+
+
+async def test_a_failed_load_tells_why(workshop: Workshop) -> None:
+    model = workshop.model("a", load_fails="tensor 'x' is not within the file bounds")
+    async with workshop.scheduler() as scheduler:
+        with pytest.raises(LoadError, match="a:latest could not be loaded: tensor 'x' is not"):
+            await use(scheduler, model)
+        assert kinds(scheduler) == ["load", "load_failed"]
+        await scheduler.drain(5)
+        assert scheduler.residents() == ()
+
+
+async def test_a_lack_of_memory_is_tried_one_rung_down(workshop: Workshop) -> None:
+    """Once: the second placement works, or the load has failed."""
+    workshop.hardware = make_hardware(vram_mib=1000)
+    works = workshop.model("works", fails_on_gpu=True)
+    never = workshop.model("never", load_fails="no memory", load_out_of_memory=True)
+    async with workshop.scheduler() as scheduler:
+        assert await use(scheduler, works) == "Once upon a time"
+        assert scheduler.residents()[0].rung.placement.mode == "cpu"
+        with pytest.raises(LoadError, match="no memory") as failed:
+            await use(scheduler, never)
+        assert failed.value.out_of_memory
+    loads = [event for event in scheduler.history() if event.kind == "load"]
+    assert [event.model for event in loads] == ["works:latest"] * 2 + ["never:latest"] * 2
+
+
+async def test_a_broken_file_is_refused(workshop: Workshop) -> None:
+    model = replace(workshop.model("a"), shape=None, error="bad magic")
+    async with workshop.scheduler() as scheduler:
+        with pytest.raises(GgufError, match="bad magic"):
+            await use(scheduler, model)
+
+
+async def test_a_failed_probe_is_told(workshop: Workshop) -> None:
+    async with workshop.scheduler() as scheduler:
+        workshop.hardware = None  # type: ignore[assignment]
+
+        def probe() -> Hardware:
+            raise OSError("nvml is gone")
+
+        scheduler._probe = probe
+        with pytest.raises(LoadError, match="could not be probed: nvml is gone"):
+            await use(scheduler, workshop.model("a"))
+
+
+async def test_errors_of_a_request_keep_their_class_and_facts(workshop: Workshop) -> None:
+    model = workshop.model("a")
+    async with workshop.scheduler() as scheduler, scheduler.acquire(model, ANY) as lease:
+        with pytest.raises(ContextExceededError, match="too long") as error:
+            [event async for event in lease.generate(Submit(request=0, prompt=[], n_predict=0))]
+        assert (error.value.n_prompt, error.value.n_ctx) == (9, 8)
+        assert await generate(lease) == "Once upon a time"
+
+
+async def test_embed_and_tokenize(workshop: Workshop) -> None:
+    model = workshop.model("a")
+    async with workshop.scheduler() as scheduler, scheduler.acquire(model, ANY) as lease:
+        assert (await lease.embed([[Text("x")]])).n_embd == 1
+        assert (await lease.tokenize("x")).ids == [1]
+
+
+async def test_text_that_nobody_reads_is_bounded(workshop: Workshop) -> None:
+    """A client that stops reading costs a bounded buffer, then its generation."""
+    cancelled = workshop.gate("cancelled")
+    model = workshop.model("a", text="x" * 50_000, n_repeat=100, cancel_tells=cancelled)
+    async with (
+        workshop.scheduler() as scheduler,
+        scheduler.acquire(model, ANY) as lease,
+        aclosing(lease.generate(SUBMIT)) as events,
+    ):
+        assert isinstance(await anext(events), Prefilled)
+        await hear(cancelled)
+        with pytest.raises(CapacityError, match=r"1\.0 MiB of it were not read"):
+            [event async for event in events]
+
+
+async def test_drain_lets_leases_end_and_takes_no_more(workshop: Workshop) -> None:
+    model = workshop.model("a", text_gate=workshop.gate("text"))
+    async with workshop.scheduler() as scheduler, asyncio.TaskGroup() as tasks:
+        user = tasks.create_task(use(scheduler, model))
+        await wait_event(scheduler, "ready")
+        draining = tasks.create_task(scheduler.drain(30))
+        await asyncio.sleep(0)
+        with pytest.raises(CapacityError, match="stopping"):
+            await use(scheduler, model)
+        await open_gate(workshop.folder / "text")
+        assert await user == "Once upon a time"
+        await draining
+        assert scheduler.residents() == ()
+
+
+async def test_drain_stops_what_does_not_end(workshop: Workshop) -> None:
+    model = workshop.model("a", text_gate=workshop.gate("text"))
+    async with workshop.scheduler() as scheduler:
+        user = asyncio.create_task(use(scheduler, model))
+        await wait_event(scheduler, "ready")
+        await scheduler.drain(0)
+        with pytest.raises(WorkerDiedError, match="was stopped: shimpy is stopping"):
+            await user
+
+
+async def test_no_process_is_left(workshop: Workshop) -> None:
+    async with workshop.scheduler() as scheduler:
+        await use(scheduler, workshop.model("a"))
+        pid = scheduler.residents()[0].pid
+        assert pid is not None
+        assert is_running(pid)
+    assert not is_running(pid)
+
+
+async def test_a_fault_above_kills_the_workers(workshop: Workshop) -> None:
+    """An exception that leaves the block must not hang on a worker that is busy or deaf."""
+    pids: list[int | None] = []
+
+    async def fail() -> None:
+        async with workshop.scheduler() as scheduler:
+            await use(scheduler, workshop.model("a", is_deaf=True))
+            pids.append(scheduler.residents()[0].pid)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
+    assert pids[0] is not None
+    assert not is_running(pids[0])
+
+
+async def test_busy_workers_share_the_cores(workshop: Workshop) -> None:
+    workshop.hardware = make_hardware(n_cores=4)
+    a, b = workshop.model("a"), workshop.model("b")
+    async with workshop.scheduler() as scheduler:
+        assert await threads(scheduler, a) == 4
+        async with held(scheduler, b):
+            assert await threads(scheduler, a) == 2
+        assert await threads(scheduler, a) == 4
+
+
+async def threads(scheduler: Scheduler, model: Model) -> float:
+    """Return the threads of a worker, which the fake engine tells as its queue_s."""
+    async with scheduler.acquire(model, ANY) as lease:
+        *_, done = [event async for event in lease.generate(SUBMIT)]
+        assert isinstance(done, Done)
+        return done.queue_s
+
+
+async def test_events_are_streamed(workshop: Workshop) -> None:
+    async with workshop.scheduler() as scheduler, aclosing(scheduler.events()) as events:
+        first = asyncio.ensure_future(anext(events))
+        await use(scheduler, workshop.model("a"))
+        assert (await first).kind == "load"
+        assert (await anext(events)).kind == "ready"
