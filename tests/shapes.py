@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-FileType = Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "Q4_0", "MXFP4"]
+FileType = Literal[
+    "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "Q4_0", "MXFP4"
+]
 
 # name: (GGML id, elements of a block, bytes of a block); ggml/src/ggml-common.h.
 GGML_TYPES = {
@@ -243,12 +245,19 @@ def _byte_token(byte: int) -> str:
 # --- models -----------------------------------------------------------------------------------
 
 
-def _layers(n_layer: int, build: Callable[[int], list[tuple[str, Shape]]]) -> list[tuple[str, Shape]]:
+def _layers(
+    n_layer: int, build: Callable[[int], list[tuple[str, Shape]]]
+) -> list[tuple[str, Shape]]:
     return [(f"blk.{i}.{name}", shape) for i in range(n_layer) for name, shape in build(i)]
 
 
 def _attention(n_embd: int, n_q: int, n_kv: int, *, bias: bool = False) -> list[tuple[str, Shape]]:
-    pairs = [("q", (n_embd, n_q)), ("k", (n_embd, n_kv)), ("v", (n_embd, n_kv)), ("output", (n_q, n_embd))]
+    pairs = [
+        ("q", (n_embd, n_q)),
+        ("k", (n_embd, n_kv)),
+        ("v", (n_embd, n_kv)),
+        ("output", (n_q, n_embd)),
+    ]
     tensors: list[tuple[str, Shape]] = []
     for part, shape in pairs:
         tensors.append((f"attn_{part}.weight", shape))
@@ -270,7 +279,9 @@ def _ffn(n_embd: int, n_ff: int, suffix: str = "", experts: Shape = ()) -> list[
     ]
 
 
-def _common(n_embd: int, n_vocab: int, *, tied: bool = False, bias: bool = False) -> list[tuple[str, Shape]]:
+def _common(
+    n_embd: int, n_vocab: int, *, tied: bool = False, bias: bool = False
+) -> list[tuple[str, Shape]]:
     tensors: list[tuple[str, Shape]] = [("token_embd.weight", (n_embd, n_vocab))]
     tensors += _norms(n_embd, "output_norm", bias=bias)
     if not tied:
@@ -304,6 +315,7 @@ def _spec(arch: str, title: str, tensors: list[tuple[str, Shape]], **facts: obje
 
 def deepseek_moe_16b() -> Spec:
     """DeepSeek-MoE-16B: 28 layers, the first dense, 64 experts and 2 shared ones."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
         tensors = _norms(2048, "attn_norm", "ffn_norm") + _attention(2048, 2048, 2048)
         if i == 0:
@@ -321,13 +333,17 @@ def deepseek_moe_16b() -> Spec:
 
 def phi35_moe() -> Spec:
     """Phi-3.5-MoE: 32 layers of 16 experts, LayerNorm and biases."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
         tensors = _norms(4096, "attn_norm", "ffn_norm", bias=True)
         tensors += _attention(4096, 4096, 1024, bias=True)
         # blk.N has none of its own: rope_factors are the model's, once.
         return [*tensors, ("ffn_gate_inp.weight", (4096, 16)), *_ffn(4096, 6400, "_exps", (16,))]
 
-    factors: list[tuple[str, Shape]] = [("rope_factors_long.weight", (64,)), ("rope_factors_short.weight", (64,))]
+    factors: list[tuple[str, Shape]] = [
+        ("rope_factors_long.weight", (64,)),
+        ("rope_factors_short.weight", (64,)),
+    ]
     return _spec(
         "phimoe", "Phi 3.5 MoE", factors + _common(4096, 32064, bias=True) + _layers(32, layer),
         n_layer=32, n_ctx=131072, n_embd=4096, n_head=32, n_head_kv=8, n_ff=6400, n_vocab=32064,
@@ -338,12 +354,20 @@ def phi35_moe() -> Spec:
 
 def gpt_oss_20b() -> Spec:
     """GPT-OSS-20B: 24 layers of 32 experts in MXFP4, every other one with a window of 128."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
         tensors = _norms(2880, "attn_norm", "post_attention_norm")
         tensors += _attention(2880, 4096, 512, bias=True)
-        tensors += [("attn_sinks.weight", (64,)), ("ffn_gate_inp.weight", (2880, 32)), ("ffn_gate_inp.bias", (32,))]
+        tensors += [
+            ("attn_sinks.weight", (64,)),
+            ("ffn_gate_inp.weight", (2880, 32)),
+            ("ffn_gate_inp.bias", (32,)),
+        ]
         for part in ("gate", "down", "up"):
-            tensors += [(f"ffn_{part}_exps.weight", (2880, 2880, 32)), (f"ffn_{part}_exps.bias", (2880, 32))]
+            tensors += [
+                (f"ffn_{part}_exps.weight", (2880, 2880, 32)),
+                (f"ffn_{part}_exps.bias", (2880, 32)),
+            ]
         return tensors
 
     return _spec(
@@ -357,6 +381,7 @@ def gpt_oss_20b() -> Spec:
 
 def mixtral_8x7b() -> Spec:
     """Mixtral-8x7B: 32 layers of 8 experts under the architecture `llama`."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
         tensors = _norms(4096, "attn_norm", "ffn_norm") + _attention(4096, 4096, 1024)
         return [*tensors, ("ffn_gate_inp.weight", (4096, 8)), *_ffn(4096, 14336, "_exps", (8,))]
@@ -370,6 +395,7 @@ def mixtral_8x7b() -> Spec:
 
 def qwen3_30b_a3b() -> Spec:
     """Qwen3-30B-A3B: 48 layers of 128 experts, heads wider than the model."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
         tensors = _norms(2048, "attn_norm", "ffn_norm") + _norms(128, "attn_q_norm", "attn_k_norm")
         tensors += _attention(2048, 4096, 512)
@@ -385,6 +411,7 @@ def qwen3_30b_a3b() -> Spec:
 
 def deepseek_v2_lite() -> Spec:
     """DeepSeek-V2-Lite: multi-head latent attention, one latent of 576 per token."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
         tensors: list[tuple[str, Shape]] = [
             *_norms(2048, "attn_norm", "ffn_norm"), ("attn_kv_a_norm.weight", (512,)),
@@ -409,11 +436,15 @@ def deepseek_v2_lite() -> Spec:
 
 def llama3_8b() -> Spec:
     """Llama-3.1-8B: dense."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
-        return _norms(4096, "attn_norm", "ffn_norm") + _attention(4096, 4096, 1024) + _ffn(4096, 14336)
+        return (
+            _norms(4096, "attn_norm", "ffn_norm") + _attention(4096, 4096, 1024) + _ffn(4096, 14336)
+        )
 
     return _spec(
-        "llama", "Llama 3.1 8B", [*_common(4096, 128256), ("rope_freqs.weight", (64,)), *_layers(32, layer)],
+        "llama", "Llama 3.1 8B",
+        [*_common(4096, 128256), ("rope_freqs.weight", (64,)), *_layers(32, layer)],
         n_layer=32, n_ctx=131072, n_embd=4096, n_head=32, n_head_kv=8, n_ff=14336, n_vocab=128256,
         rope__dimension_count=128,
     )  # fmt: skip
@@ -421,8 +452,11 @@ def llama3_8b() -> Spec:
 
 def llama3_70b() -> Spec:
     """Llama-3.1-70B: dense, larger than most cards."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
-        return _norms(8192, "attn_norm", "ffn_norm") + _attention(8192, 8192, 1024) + _ffn(8192, 28672)
+        return (
+            _norms(8192, "attn_norm", "ffn_norm") + _attention(8192, 8192, 1024) + _ffn(8192, 28672)
+        )
 
     return _spec(
         "llama", "Llama 3.1 70B", _common(8192, 128256) + _layers(80, layer),
@@ -433,6 +467,7 @@ def llama3_70b() -> Spec:
 
 def gemma3_12b() -> Spec:
     """Gemma-3-12B: tied embeddings of 262,144 tokens, five layers of six with a window of 1024."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
         names = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
         tensors = _norms(3840, *names) + _norms(256, "attn_q_norm", "attn_k_norm")
@@ -467,6 +502,7 @@ def mamba_3b() -> Spec:
 
 def bge_base() -> Spec:
     """A BERT of 110M parameters: embeddings only, no cache, attention both ways."""
+
     def layer(i: int) -> list[tuple[str, Shape]]:
         tensors = _attention(768, 768, 768, bias=True)
         tensors += _norms(768, "attn_output_norm", "layer_output_norm", bias=True)

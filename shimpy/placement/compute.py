@@ -31,7 +31,7 @@ _F32: Final = 4
 _F16: Final = 2
 # MLA: the queries before and after they are folded into the latent, and its way back.
 _MLA_QUERIES: Final = 3.5
-# Scan, convolution and gates of a recurrent layer, all twice n_embd wide (src/models/mamba-base.cpp).
+# Scan, convolution and gates of a recurrent layer, in widths of e (src/models/mamba-base.cpp).
 _RECURRENT_WIDTHS: Final = 12
 
 

@@ -111,12 +111,12 @@ class MemoryModel:
         kinds: dict[tuple[int, ...], int] = {}
         self._kind_of = [kinds.setdefault(_kind(layer), len(kinds)) for layer in shape.layers]
         self._layer_of_kind = {kind: i for i, kind in reversed(list(enumerate(self._kind_of)))}
+        self._caches: dict[Context, tuple[list[int], list[int]]] = {}
 
     def estimate(self, layout: Layout, context: Context) -> MemoryUse:
         """Return what loading the model this way takes everywhere."""
         spans = _spans(self.shape.n_layer, layout)
-        kv = kv_layer_bytes(self.shape, context)
-        cached = _prefix(kv)
+        kv, cached = self._kv(context)
         compute = self._compute(layout, context, spans, kv)
         gpus = [Use() for _ in layout.split]
         for span in spans:
@@ -140,11 +140,17 @@ class MemoryModel:
         """Return the weights and cache that each layer, and last the output, takes on a GPU."""
         sizes = [
             layer.dense_bytes + kv + (0 if layer.index < n_cpu_moe else layer.expert_bytes)
-            for layer, kv in zip(
-                self.shape.layers, kv_layer_bytes(self.shape, context), strict=True
-            )
+            for layer, kv in zip(self.shape.layers, self._kv(context)[0], strict=True)
         ]
         return [*sizes, self.shape.output_bytes]
+
+    def _kv(self, context: Context) -> tuple[list[int], list[int]]:
+        """Return the cache of each layer, and the sums of the first 0, 1, 2, ... of them."""
+        found = self._caches.get(context)
+        if found is None:
+            per_layer = list(kv_layer_bytes(self.shape, context))
+            found = self._caches[context] = (per_layer, _prefix(per_layer))
+        return found
 
     def _weights(self, span: _Span, n_cpu_moe: int) -> int:
         first_resident = min(max(span.start, n_cpu_moe), span.end)
@@ -157,7 +163,7 @@ class MemoryModel:
         )
 
     def _compute(
-        self, layout: Layout, context: Context, spans: list[_Span], kv: tuple[int, ...]
+        self, layout: Layout, context: Context, spans: list[_Span], kv: list[int]
     ) -> list[int]:
         """Return the compute buffer of each GPU, then the host's."""
         shape, n_moved = self.shape, min(layout.n_cpu_moe, self.shape.n_layer)
@@ -267,9 +273,7 @@ def _spans(n_layer: int, layout: Layout) -> list[_Span]:
         if end > start:
             has_output = end == n_active
             last = first + end - has_output
-            spans.append(
-                _Span(gpu=gpu, start=first + start, end=last, has_output=has_output)
-            )
+            spans.append(_Span(gpu=gpu, start=first + start, end=last, has_output=has_output))
             start = end
     return spans
 

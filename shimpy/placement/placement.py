@@ -57,7 +57,10 @@ class DeviceUse:
     weights_bytes: int
     kv_bytes: int
     compute_bytes: int
+    # The process's own share: a context on the card, and what appears with work.
     overhead_bytes: int
+    # Kept free beside it: what is reserved for others, and what a forecast may be off by.
+    margin_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -66,8 +69,8 @@ class DeviceUse:
 
     @property
     def missing_bytes(self) -> int:
-        """How much more than the free memory it takes; 0 when it fits."""
-        return max(0, self.total_bytes - self.free_bytes)
+        """How much more than the free memory it needs, its margin counted; 0 when it fits."""
+        return max(0, self.total_bytes + self.margin_bytes - self.free_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +83,20 @@ class HostUse:
     compute_bytes: int
     # Weights are page-locked or private: they can't be dropped and read again like a mapped file.
     locked: bool
+    # The process itself, and what GPUs that share the host's memory take of it.
+    overhead_bytes: int = 0
+    # As DeviceUse.margin_bytes.
+    margin_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All that the worker takes in host memory."""
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.overhead_bytes
 
     @property
     def missing_bytes(self) -> int:
-        """How much more than the available memory it takes; 0 when it fits."""
-        return max(0, self.total_bytes - self.available_bytes)
+        """How much more than the available memory it needs, its margin counted; 0: it fits."""
+        return max(0, self.total_bytes + self.margin_bytes - self.available_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

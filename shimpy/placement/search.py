@@ -1,0 +1,249 @@
+"""Weighs single placements of one model on one machine: what each takes, and whether it fits.
+
+Pure. `planner` asks it for rung after rung; it knows the devices, the margins and how layers
+are shared out among several GPUs, but not which placement is better than another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from shimpy.gguf.arch import ModelShape
+from shimpy.placement.defaults import KV_TYPE, Streaming, default_ubatch
+from shimpy.placement.hardware import Gpu, Hardware
+from shimpy.placement.memory import Context, Layout, MemoryModel, MemoryUse
+from shimpy.placement.placement import (
+    DeviceUse,
+    HostUse,
+    Mode,
+    Placement,
+    PlanOptions,
+    Rung,
+)
+from shimpy.placement.reasons import exceeds_lock_limit
+from shimpy.units import MIB
+
+# What the compute buffer's formula may be off by; docs/placement.md has the measured errors.
+SAFETY_BYTES: Final = 64 * MIB
+_COMPUTE_SAFETY: Final = 10  # and a tenth of the buffer itself
+# A worker process: the interpreter with llama.cpp, and its scratch memory (measured: 40 MB idle).
+PROCESS_BYTES: Final = 96 * MIB
+# The CUDA runtime's own host memory in a process that uses a GPU.
+GPU_PROCESS_BYTES: Final = 256 * MIB
+# Page-locked memory can't be taken back: a sixteenth of the RAM stays free beside it.
+_LOCKED_SLACK: Final = 16
+_F32: Final = 4
+
+Team = tuple[Gpu, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Margins:
+    """Memory that is left to other programs, in bytes: per GPU, and of the host."""
+
+    vram_bytes: int = 0
+    ram_bytes: int = 512 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of a placement that do not say where its layers are."""
+
+    n_ctx: int
+    n_slots: int
+    streaming: Streaming
+
+
+class Search:
+    """Builds and weighs rungs; one per plan."""
+
+    def __init__(
+        self, shape: ModelShape, hardware: Hardware, options: PlanOptions, margins: Margins
+    ) -> None:
+        self.shape = shape
+        self.hardware = hardware
+        self.options = options
+        self.margins = margins
+        self.memory = MemoryModel(shape)
+        self.kv_type = options.kv_type or KV_TYPE
+        self.teams = _teams(hardware.gpus)
+        self.n_all = shape.n_layer + 1
+        self.moe_layers = shape.moe_layers
+        # By number of GPUs, offloaded layers, layers with experts in RAM, n_ctx and n_ubatch.
+        self._estimates: dict[tuple[int, int, int, int, int], tuple[Layout, MemoryUse]] = {}
+
+    def rung(
+        self, mode: Mode, team: Team, n_gpu_layers: int, n_cpu_moe: int, settings: Settings
+    ) -> Rung:
+        """Return the rung of a layout, with the best split where the team is several GPUs."""
+        context = self._context(settings)
+        layout, use = self._estimate(team, n_gpu_layers, n_cpu_moe, context)
+        devices = self._device_uses(team, use)
+        host = self._host_use(team, devices, use, settings)
+        placement = Placement(
+            mode=mode,
+            n_gpu_layers=n_gpu_layers if team else 0,
+            n_layers=self.shape.n_layer,
+            n_cpu_moe=n_cpu_moe,
+            moe_layers_in_ram=sum(index < n_cpu_moe for index in self.moe_layers),
+            n_ctx=settings.n_ctx,
+            n_slots=settings.n_slots,
+            n_ubatch=context.n_ubatch,
+            load_mode=settings.streaming.load_mode,
+            kv_type=self.kv_type,
+            devices=tuple(gpu.name for gpu in team),
+            tensor_split=layout.split if len(team) > 1 else (),
+        )
+        fits = not host.missing_bytes and not any(device.missing_bytes for device in devices)
+        fits = fits and not exceeds_lock_limit(self.hardware, placement, host)
+        return Rung(placement=placement, devices=devices, host=host, fits=fits, reason="")
+
+    def gpus_have_room(
+        self, team: Team, n_gpu_layers: int, n_cpu_moe: int, settings: Settings
+    ) -> bool:
+        """Whether every GPU of a team has room for a layout, the host aside."""
+        context = self._context(settings)
+        _, use = self._estimate(team, n_gpu_layers, n_cpu_moe, context)
+        return all(
+            part.total_bytes + gpu.overhead_bytes + self._margin(part.compute_bytes)
+            <= gpu.free_bytes
+            for gpu, part in zip(team, use.gpus, strict=True)
+        )
+
+    def _estimate(
+        self, team: Team, n_gpu_layers: int, n_cpu_moe: int, context: Context
+    ) -> tuple[Layout, MemoryUse]:
+        key = (len(team), n_gpu_layers, n_cpu_moe, context.n_ctx, context.n_ubatch)
+        found = self._estimates.get(key)
+        if found is None:
+            split = self._split(team, n_gpu_layers, n_cpu_moe, context)
+            layout = Layout(n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe, split=split)
+            found = layout, self.memory.estimate(layout, context)
+            self._estimates[key] = found
+        return found
+
+    def _context(self, settings: Settings) -> Context:
+        return Context(
+            n_ctx=settings.n_ctx,
+            n_slots=settings.n_slots,
+            n_ubatch=default_ubatch(self.shape, self.options, settings.n_ctx, settings.streaming),
+            kv_type=self.kv_type,
+        )
+
+    def _device_uses(self, team: Team, use: MemoryUse) -> tuple[DeviceUse, ...]:
+        return tuple(
+            DeviceUse(
+                name=gpu.name,
+                free_bytes=gpu.free_bytes,
+                weights_bytes=part.weights_bytes,
+                kv_bytes=part.kv_bytes,
+                compute_bytes=part.compute_bytes,
+                overhead_bytes=gpu.overhead_bytes,
+                margin_bytes=self._margin(part.compute_bytes),
+            )
+            for gpu, part in zip(team, use.gpus, strict=True)
+        )
+
+    def _margin(self, compute_bytes: int) -> int:
+        return self.margins.vram_bytes + SAFETY_BYTES + compute_bytes // _COMPUTE_SAFETY
+
+    def _host_use(
+        self, team: Team, devices: tuple[DeviceUse, ...], use: MemoryUse, settings: Settings
+    ) -> HostUse:
+        host, locked = self.hardware.host, settings.streaming.load_mode == "locked"
+        shared = sum(
+            device.total_bytes for gpu, device in zip(team, devices, strict=True) if gpu.is_shared
+        )
+        process = PROCESS_BYTES + (GPU_PROCESS_BYTES if team else 0)
+        logits = 0 if self.shape.is_embedding else self.shape.n_vocab * _F32 * settings.n_slots
+        margin = self.margins.ram_bytes + SAFETY_BYTES
+        if locked:
+            margin += host.total_bytes // _LOCKED_SLACK
+        return HostUse(
+            available_bytes=host.available_bytes,
+            weights_bytes=use.host.weights_bytes,
+            kv_bytes=use.host.kv_bytes,
+            compute_bytes=use.host.compute_bytes + logits,
+            locked=locked,
+            overhead_bytes=process + shared,
+            margin_bytes=margin,
+        )
+
+    # --- several GPUs ---------------------------------------------------------------------
+
+    def _split(
+        self, team: Team, n_gpu_layers: int, n_cpu_moe: int, context: Context
+    ) -> tuple[float, ...]:
+        """Return how many layers each GPU gets: in proportion to the room it has for them.
+
+        Whole numbers that add up to the offloaded layers, so that llama.cpp's comparison of
+        shares (a layer's index over their number) puts each border exactly there.
+        """
+        if len(team) <= 1:
+            return (1.0,) * len(team)
+        sizes = self.memory.layer_bytes(context, n_cpu_moe)[self.n_all - n_gpu_layers :]
+        equal = Layout(n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe, split=(1.0,) * len(team))
+        buffers = [use.compute_bytes for use in self.memory.estimate(equal, context).gpus]
+        room = [
+            max(0, gpu.free_bytes - gpu.overhead_bytes - compute - self._margin(compute))
+            for gpu, compute in zip(team, buffers, strict=True)
+        ]
+        return _share_out(sizes, room)
+
+
+def first_with_room(counts: range, has_room: Callable[[int], bool]) -> int | None:
+    """Return the first count for which the GPUs have room; None: there is none.
+
+    What the GPUs need must not rise along `counts`: then halving finds the first.
+    """
+    if not counts or not has_room(counts[-1]):
+        return None
+    if has_room(counts[0]):
+        return counts[0]
+    low, high = 1, len(counts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if has_room(counts[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return counts[high]
+
+
+def _teams(gpus: tuple[Gpu, ...]) -> list[Team]:
+    """Return the sets of GPUs to try: the one with most room, the two with most, and so on.
+
+    A GPU in the host's own memory is used only where there is no other, as llama.cpp does.
+    """
+    usable = [gpu for gpu in gpus if not gpu.is_shared]
+    if not usable:
+        usable = [gpu for gpu in gpus if gpu.is_shared][:1]
+    by_room = sorted(usable, key=lambda gpu: gpu.overhead_bytes - gpu.free_bytes)
+    return [
+        tuple(gpu for gpu in usable if gpu in by_room[:count])
+        for count in range(1, len(by_room) + 1)
+    ]
+
+
+def _share_out(sizes: list[int], room: list[int]) -> tuple[float, ...]:
+    """Return how many of the consecutive layers go to each GPU.
+
+    Each takes its part of the whole in proportion to its room, a layer going where its middle
+    falls; what is over a GPU's room by that moves on to the next.
+    """
+    total_room, total = sum(room) or 1, sum(sizes)
+    counts = [0] * len(room)
+    gpu, passed, held = 0, 0, 0
+    border = total * room[0] / total_room
+    for size in sizes:
+        while gpu < len(room) - 1 and (
+            passed + size / 2 > border or (held and held + size > room[gpu])
+        ):
+            gpu, held = gpu + 1, 0
+            border = max(border, passed) + total * room[gpu] / total_room
+        counts[gpu] += 1
+        passed += size
+        held += size
+    return tuple(float(count) for count in counts)
