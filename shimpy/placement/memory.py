@@ -178,9 +178,11 @@ class MemoryModel:
         for span in spans:
             is_first = span is spans[0]
             first_resident = min(max(span.start, n_moved), span.end)
+            front = self._kinds(span.start, first_resident)
+            whole = tuple(layer for layer in front if not layer.n_expert_tensors)
             duty = Duty(
-                layers=self._kinds(first_resident, span.end),
-                dense_only=self._kinds(span.start, first_resident),
+                layers=whole + self._kinds(first_resident, span.end),
+                dense_only=tuple(layer for layer in front if layer.n_expert_tensors),
                 visiting=self._kinds(0, n_on_host) if is_first else (),
                 n_visiting=n_on_host if is_first else 0,
                 visiting_kv_bytes=max(kv[:n_on_host], default=0) if is_first else 0,
