@@ -269,14 +269,25 @@ def _kv_widths(
     value = hparams.get("attention.value_length", _default_head_width(hparams, heads))
     key_swa = hparams.get("attention.key_length_swa", key)
     value_swa = hparams.get("attention.value_length_swa", value)
-    indexer = hparams.get("attention.indexer.key_length", 0) if hparams.arch in _INDEXED else 0
+    indexer_width, first_indexed = _indexer(hparams)
     widths = []
     for i, n_kv in enumerate(heads_kv):
+        indexer = indexer_width if i >= first_indexed else 0
         n_k = (key_swa if windowed[i] else key) * n_kv + indexer
         n_v = (value_swa if windowed[i] else value) * n_kv + (value if indexer else 0)
         # The latent serves as K and V; llama.cpp keeps it once, as K.
         widths.append((n_k, 0 if is_mla else n_v))
     return tuple(widths)
+
+
+def _indexer(hparams: Hparams) -> tuple[int, int]:
+    """Return the width of the sparse attention's own key, and the first layer that has one."""
+    if hparams.arch not in _INDEXED:
+        return 0, 0
+    width = hparams.get("attention.indexer.key_length", 0)
+    # In the others the dense layers at the start are sparse in attention all the same.
+    is_dense_full = hparams.arch == "minimax-m3"
+    return width, hparams.get("leading_dense_block_count", 0) if is_dense_full else 0
 
 
 def _heads(hparams: Hparams) -> tuple[int, ...]:
