@@ -9,7 +9,8 @@
     ├── NotFoundError           no such model, file or route
     ├── CapacityError           not now, or not on this machine
     │   ├── DoesNotFitError         no placement fits
-    │   └── QueueFullError          too many are waiting
+    │   ├── QueueFullError          too many are waiting
+    │   └── StoppingError           the daemon is going down and takes nothing new
     ├── RegistryError           something stored is wrong
     │   └── GgufError               a file is not a GGUF model that can be read
     ├── WorkerError             a worker failed
@@ -105,6 +106,16 @@ class QueueFullError(CapacityError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class StoppingError(CapacityError):
+    """The daemon is going down and takes nothing new."""
+
+    code = "stopping"
+
+    def __init__(self, message: str = "the daemon is stopping; try again in a moment") -> None:
+        super().__init__(message)
+        self.retry_after_s = 5.0
 
 
 class RegistryError(ShimpyError):

@@ -18,20 +18,23 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import assert_never
 
 from shimpy.errors import (
-    CapacityError,
     DoesNotFitError,
     GgufError,
     HeldBackError,
     LoadError,
     QueueFullError,
     ShimpyError,
+    StoppingError,
+    UserError,
 )
+from shimpy.placement.defaults import N_CTX_LEAST
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import PlanOptions, Rung
 from shimpy.protocol.messages import Ready
@@ -297,7 +300,7 @@ class SchedulerCore:
         self._draining = True
         effects: list[Effect] = []
         for queue in self._queues.values():
-            effects += self._reject_waiting(queue, _stopping_error)
+            effects += self._reject_waiting(queue, StoppingError)
         for resident in self._residents.values():
             if resident.phase is Phase.LOADING:
                 effects += self._stop(resident, "shimpy is stopping", now)
@@ -314,7 +317,7 @@ class SchedulerCore:
 
     def _refusal(self, queue: ModelQueue, request: Request, now: float) -> ShimpyError | None:
         if self._draining:
-            return _stopping_error()
+            return StoppingError()
         if request.model.shape is None:
             return GgufError(f"{queue.key} can't be used: {request.model.error}")
         if now < queue.held_until_s:
@@ -427,7 +430,13 @@ class SchedulerCore:
         effects: list[Effect] = []
         while self._needs_placing(queue):
             first = queue.waiting[0]
-            wish, room = self._find_room(queue, ledger)
+            try:
+                wish, room = self._find_room(queue, ledger)
+            except UserError as error:
+                # The planner refuses an option; it says the same to all who want it.
+                effects += self._reject_waiting(queue, partial(copy, error), like=first)
+                effects += self._grant_waiting(queue, now)
+                continue
             match room:
                 case policy.Start(must_wait=True):
                     ledger.claim(room.rung)
@@ -524,11 +533,12 @@ class SchedulerCore:
         first = queue.waiting[0]
         shape = first.model.shape
         assert shape is not None, "broken models are rejected on arrival"
-        default_n_ctx = room.rung.placement.n_ctx
+        default_n_ctx = 0
         if wish.options.n_ctx is not None:
             by_default = replace(wish.options, n_ctx=None)
             chosen = self._planner(shape, ledger.remaining(), by_default).chosen
-            default_n_ctx = chosen.placement.n_ctx if chosen is not None else 0
+            if chosen is not None:
+                default_n_ctx = min(N_CTX_LEAST, chosen.placement.n_ctx)
         return self._start(
             queue,
             room.rung,
@@ -708,10 +718,6 @@ def _reload_reason(resident: Resident, request: Request) -> str:
 
 def _want_the_same(one: Request, other: Request) -> bool:
     return one.options == other.options and one.model.digest == other.model.digest
-
-
-def _stopping_error() -> CapacityError:
-    return CapacityError("shimpy is stopping and takes no more requests")
 
 
 def _note(kind: EventKind, model: str, reason: str, now: float) -> Note:

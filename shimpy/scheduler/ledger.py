@@ -38,13 +38,19 @@ def use_of(resident: Resident) -> Use:
     host = rung.host.total_bytes - mapped
     if resident.ready is None:
         return Use(devices=devices, host=host, mapped=mapped)
-    overhead = {device.name: device.overhead_bytes for device in rung.devices}
+    real: Counter[str] = Counter()
     for buffer in resident.ready.memory:
-        taken = buffer.model_bytes + buffer.context_bytes + buffer.compute_bytes
-        if buffer.device == HOST:
-            host = taken if rung.host.locked else buffer.context_bytes + buffer.compute_bytes
-        else:
-            devices[buffer.device] = taken + overhead.get(buffer.device, 0)
+        taken = buffer.context_bytes + buffer.compute_bytes
+        if buffer.device != HOST or rung.host.locked:
+            taken += buffer.model_bytes
+        real[buffer.device] += taken
+    devices |= {
+        device.name: real[device.name] + device.overhead_bytes
+        for device in rung.devices
+        if device.name in real
+    }
+    if HOST in real:
+        host = real[HOST] + rung.host.overhead_bytes
     return Use(devices=devices, host=host, mapped=mapped)
 
 
@@ -116,10 +122,8 @@ class Ledger:
 
 
 def rung_fits(rung: Rung, hardware: Hardware) -> bool:
-    """Whether a rung fits; mapped weights don't bind, since the system can drop their pages."""
+    """Whether a rung that was weighed for other hardware fits on this one."""
     free = {gpu.name: gpu.free_bytes for gpu in hardware.gpus}
-    if any(device.total_bytes > free.get(device.name, 0) for device in rung.devices):
-        return False
-    host = rung.host
-    need = host.total_bytes - (0 if host.locked else host.weights_bytes)
-    return need <= hardware.host.available_bytes
+    devices = [replace(device, free_bytes=free.get(device.name, 0)) for device in rung.devices]
+    host = replace(rung.host, available_bytes=hardware.host.available_bytes)
+    return not host.missing_bytes and not any(device.missing_bytes for device in devices)

@@ -22,6 +22,7 @@ from shimpy.config import Config
 from shimpy.errors import ShimpyError
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import PlanOptions, Rung
+from shimpy.placement.planner import plan_model
 from shimpy.protocol.messages import Load, LoadFailed, Ready, SetThreads, Stats
 from shimpy.registry.model import Model
 from shimpy.scheduler import effects as fx
@@ -122,7 +123,7 @@ class Scheduler:
         config: Config,
         probe: Callable[[], Hardware],
         *,
-        planner: Planner | None = None,
+        planner: Planner = plan_model,
         engine_argv: Sequence[str] = ENGINE_ARGV,
         clock: Clock | None = None,
         deadlines: Deadlines | None = None,
@@ -138,10 +139,6 @@ class Scheduler:
             max_queue=config.max_queue,
             n_threads=config.n_threads,
         )
-        if planner is None:
-            from shimpy.placement.planner import plan_model
-
-            planner = plan_model
         self._core = SchedulerCore(limits, planner)
         self._tasks = asyncio.TaskGroup()
         self._workers: dict[WorkerId, Worker] = {}
@@ -184,8 +181,9 @@ class Scheduler:
         resident's. Leaving the block, also by cancellation, gives the lease back.
 
         Raises:
-            CapacityError: it can never fit (DoesNotFitError), or the queue is full
-                (QueueFullError), or shimpy is stopping.
+            CapacityError: it can never fit (DoesNotFitError), the queue is full
+                (QueueFullError), or the daemon is stopping (StoppingError).
+            InvalidOptionError: an option can't be used with this model.
             WorkerError: it could not be loaded (LoadError), or is held back (HeldBackError).
             GgufError: its file is broken.
         """

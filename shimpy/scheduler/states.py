@@ -59,7 +59,7 @@ class Resident:
     # What the request asked for that made it load, and that with the largest n_ctx of anyone.
     loaded_for: PlanOptions
     asked: PlanOptions
-    # The context that a request without a wish of its own would have been given.
+    # The context that a request without a wish of its own is content with; 0: any.
     default_n_ctx: int
     rung: Rung
     # Rungs to try when this load runs out of memory; empty when it is such a try.

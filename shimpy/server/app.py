@@ -14,11 +14,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from aiohttp import hdrs, web
 
 import shimpy
-from shimpy.errors import ShimpyError
+from shimpy.errors import ShimpyError, StoppingError
 from shimpy.logs import get_logger
 from shimpy.server.errors import (
     InternalError,
-    StoppingError,
     error_body,
     headers_of,
     status_of,

@@ -30,6 +30,7 @@ from shimpy.errors import (
     QueueFullError,
     RegistryError,
     ShimpyError,
+    StoppingError,
     UserError,
 )
 
@@ -44,16 +45,6 @@ class BodyTooLargeError(UserError):
     """The request's body is over the configured limit."""
 
     code = "body_too_large"
-
-
-class StoppingError(CapacityError):
-    """The daemon is going down and takes nothing new."""
-
-    code = "stopping"
-
-    def __init__(self, message: str = "the daemon is stopping; try again in a moment") -> None:
-        super().__init__(message)
-        self.retry_after_s = 5.0
 
 
 class InternalError(ShimpyError):

@@ -21,12 +21,11 @@ from shimpy.chat import events as chat
 from shimpy.chat.events import OutputEvent
 from shimpy.chat.messages import ToolCall
 from shimpy.chat.parser import OutputParser
-from shimpy.errors import NotFoundError
+from shimpy.errors import NotFoundError, StoppingError
 from shimpy.placement.placement import PlanOptions
 from shimpy.protocol.messages import Delta, Done, Prefilled, TokenLogprob
 from shimpy.registry.model import Model
 from shimpy.scheduler.lease import Lease
-from shimpy.server.errors import StoppingError
 from shimpy.server.events import (
     ContentDelta,
     Event,

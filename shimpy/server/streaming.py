@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from shimpy.errors import ShimpyError
-from shimpy.server.errors import InternalError, StoppingError
+from shimpy.errors import ShimpyError, StoppingError
+from shimpy.server.errors import InternalError
 from shimpy.server.record import Record, log_bug, record_of
 from shimpy.server.services import services_of
 

@@ -60,7 +60,7 @@ async def test_in_mid_stream(workshop: Workshop, death: str) -> None:
                     assert isinstance(await anext(events), Prefilled)
                     assert isinstance(await anext(events), Delta)
                 with pytest.raises(WorkerDiedError, match=REASONS[death]):
-                    await anext(events)
+                    [event async for event in events]
             with pytest.raises(WorkerDiedError, match=REASONS[death]):
                 await lease.tokenize("x")
         Script().save(model.path)

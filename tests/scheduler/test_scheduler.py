@@ -16,6 +16,7 @@ from shimpy.errors import (
     GgufError,
     LoadError,
     QueueFullError,
+    StoppingError,
     WorkerDiedError,
 )
 from shimpy.placement.hardware import Hardware
@@ -293,7 +294,7 @@ async def test_drain_lets_leases_end_and_takes_no_more(workshop: Workshop) -> No
         await wait_event(scheduler, "ready")
         draining = tasks.create_task(scheduler.drain(30))
         await asyncio.sleep(0)
-        with pytest.raises(CapacityError, match="stopping"):
+        with pytest.raises(StoppingError, match="stopping"):
             await use(scheduler, model)
         await open_gate(workshop.folder / "text")
         assert await user == "Once upon a time"
