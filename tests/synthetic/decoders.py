@@ -57,6 +57,8 @@ class Decoder:
     n_layer_dense: int = 0
     chat_template: str | None = CHATML
     add_bos: bool = True
+    # llama.cpp's name of the rules that cut text into words.
+    tokenizer_pre: str = "default"
     # None: a generating model; "mean", "cls" or "last": one that embeds.
     pooling: Literal["mean", "cls", "last"] | None = None
     # Part the file at this many tensors; 0: one file.
@@ -182,7 +184,7 @@ def write_decoder(path: Path, shape: Decoder) -> Path:
         split_max_tensors=shape.split_max_tensors,
         header_only=shape.header_only,
     )
-    vocabulary = bpe_vocabulary(shape.n_vocab)
+    vocabulary = bpe_vocabulary(shape.n_vocab, pre=shape.tokenizer_pre)
     _add_keys(file, shape)
     vocabulary.add_to(file.writer, add_bos=shape.add_bos, chat_template=shape.chat_template)
     _add_tensors(file, shape, vocabulary)

@@ -58,6 +58,8 @@ class Vocabulary:
     tokens: list[str]
     types: list[TokenType]
     merges: list[str]
+    # Which rules cut a text into words, before merging; one of llama.cpp's names.
+    pre: str = "default"
 
     def id_of(self, text: str) -> int:
         """Return the id of a token by its text in the file."""
@@ -73,7 +75,7 @@ class Vocabulary:
     def add_to(self, writer: GGUFWriter, *, add_bos: bool, chat_template: str | None) -> None:
         """Write the tokenizer's keys."""
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("default")
+        writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
         writer.add_token_merges(self.merges)
@@ -84,7 +86,7 @@ class Vocabulary:
             writer.add_chat_template(chat_template)
 
 
-def bpe_vocabulary(n_vocab: int, *, extra: Sequence[str] = ()) -> Vocabulary:
+def bpe_vocabulary(n_vocab: int, *, extra: Sequence[str] = (), pre: str = "default") -> Vocabulary:
     """Return `n_vocab` tokens: bytes, control tokens, made-up merges, then `extra`.
 
     The `extra` tokens have no merges, so no text is ever tokenized to them.
@@ -103,7 +105,7 @@ def bpe_vocabulary(n_vocab: int, *, extra: Sequence[str] = ()) -> Vocabulary:
         raise ValueError(message)
     tokens += [merge.replace(" ", "") for merge in merges] + list(extra)
     types += [TokenType.NORMAL] * (n_vocab - len(types))
-    return Vocabulary(tokens, types, merges)
+    return Vocabulary(tokens, types, merges, pre)
 
 
 def _merges() -> itertools.chain[str]:
