@@ -20,11 +20,6 @@ class GgmlType:
     block_size: int
     type_size: int
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits that one element takes, its share of the block's scales included."""
-        return 8 * self.type_size / self.block_size
-
 
 GGML_TYPES: Final[dict[int, GgmlType]] = {
     t.id: t

@@ -112,9 +112,70 @@ def test_which_layers_are_windowed(
     assert (_windowed(shape), shape.n_swa) == (pattern, n_swa)
 
 
-def test_pattern_that_must_be_in_the_file(request: pytest.FixtureRequest) -> None:
+def test_pattern_that_must_be_in_the_file() -> None:
     with pytest.raises(GgufError, match="sliding_window_pattern is missing"):
         _shape("mimo2", attention__sliding_window=9)
+
+
+_SSM: dict[str, Value] = {
+    "ssm__conv_kernel": 4,
+    "ssm__inner_size": 128,
+    "ssm__state_size": 16,
+    "ssm__time_step_rank": 8,
+    "ssm__group_count": 2,
+}
+# (conv - 1) * (inner + 2 * groups * state) and inner * state, in float32.
+_SSM_BYTES = 4 * (3 * (128 + 2 * 2 * 16) + 128 * 16)
+
+
+@pytest.mark.parametrize(
+    ("arch", "extra", "kinds"),
+    [
+        ("falcon-h1", {}, "BBBBBBBB"),
+        ("granitehybrid", {"attention__head_count_kv": [0, 2, 0, 0, 2, 0, 0, 2]}, "SKSSKSSK"),
+        (
+            "nemotron_h",
+            {
+                "attention__head_count_kv": [0, 2, 0, 0, 2, 0, 0, 2],
+                "feed_forward_length": [0, 0, 128, 0, 0, 128, 0, 0],
+            },
+            "SK-SK-SK",
+        ),
+        ("qwen3next", {}, "SSSKSSSK"),
+        ("qwen3next", {"full_attention_interval": 2}, "SKSKSKSK"),
+        ("qwen3next", {"nextn_predict_layers": 1}, "SSSKSSS-"),
+        ("qwen35", {"attention__recurrent_layers": [True, False] * 4}, "SKSKSKSK"),
+    ],
+)
+def test_hybrids(arch: str, extra: dict[str, Value], kinds: str) -> None:
+    """State, KV cache, both or neither, layer by layer; llama.cpp was seen to agree."""
+    shape = _shape(arch, **_SSM | extra)
+    assert {layer.state_bytes for layer in shape.layers} <= {0, _SSM_BYTES}
+    assert kinds == "".join(
+        {(False, False): "-", (True, False): "K", (False, True): "S", (True, True): "B"}[
+            bool(layer.n_embd_k), bool(layer.state_bytes)
+        ]
+        for layer in shape.layers
+    )
+
+
+def test_gemma3n_caches_in_its_first_twenty_layers() -> None:
+    shape = _shape("gemma3n", 24, attention__sliding_window=512)
+    assert [bool(layer.n_embd_k) for layer in shape.layers] == [True] * 20 + [False] * 4
+
+
+def test_sparse_attention_keeps_a_key_more() -> None:
+    """DeepSeek-V3.2: the latent as K, no V, and the indexer's own key."""
+    shape = _shape(
+        "deepseek32",
+        attention__head_count_kv=1,
+        attention__key_length=48,
+        attention__key_length_mla=40,
+        attention__value_length_mla=24,
+        attention__indexer__key_length=16,
+    )
+    assert shape.is_mla
+    assert {(layer.n_embd_k, layer.n_embd_v) for layer in shape.layers} == {(48 + 16, 0)}
 
 
 def test_prediction_blocks_cache_nothing_and_take_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shimpy.errors import GgufError
@@ -18,6 +19,9 @@ from shimpy.gguf import reader
 from shimpy.gguf.header import GgufArray, TruncatedHeaderError
 from shimpy.gguf.reader import MAX_HEADER_BYTES, check_data, parse_header, read_header
 from tests.gguf.build import Gguf, dense_tensors, llama, small_model, string, tensor_row, value
+
+# The machine may be busy with other things.
+busy = settings(deadline=None)
 
 METADATA = llama() | {
     "general.name": "Tiny",
@@ -128,9 +132,15 @@ def test_wrong_or_missing_key_is_named(key: str, words: str) -> None:
     assert "m.gguf" in str(caught.value)
 
 
+def test_number_where_a_text_is_meant() -> None:
+    with pytest.raises(GgufError, match=r"llama.block_count is 2, not a string"):
+        parse_header(VALID, name="x").get_str("llama.block_count")
+
+
 # --- prefixes --------------------------------------------------------------------------------
 
 
+@busy
 @given(st.integers(0, len(VALID) - 1))
 def test_every_prefix_asks_for_more(length: int) -> None:
     """A reader over the network holds a prefix: it must learn that more bytes would help."""
@@ -259,6 +269,21 @@ def test_missing_file(tmp_path: Path) -> None:
         read_header(tmp_path / "m.gguf")
 
 
+def test_file_that_shrinks_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_model(tmp_path / "m.gguf")
+    map_file = mmap.mmap
+
+    def shrink_and_map(number: int, size: int, *, access: int) -> mmap.mmap:
+        os.truncate(path, 10)
+        return map_file(number, size, access=access)
+
+    monkeypatch.setattr(reader.mmap, "mmap", shrink_and_map)
+    with pytest.raises(GgufError, match="shrank"):
+        read_header(path)
+
+
 def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
     """Opening a pipe that nobody writes to would block for ever."""
     os.mkfifo(tmp_path / "m.gguf")
@@ -266,6 +291,7 @@ def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
         read_header(tmp_path / "m.gguf")
 
 
+@busy
 @given(cut=st.integers(1, 4000))
 def test_file_cut_anywhere_is_refused(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Also within the data: llama.cpp would find out only after having loaded the rest."""
@@ -298,6 +324,7 @@ def test_sparse_file_of_absurd_size_costs_nothing(tmp_path: Path) -> None:
         read_header(path)
 
 
+@busy
 @given(
     st.lists(
         st.tuples(st.integers(0, len(VALID) - 1), st.binary(min_size=1, max_size=9)), max_size=6
@@ -327,6 +354,7 @@ def _check_outcome(content: bytes) -> None:
     assert all(len(array.values()) == len(array) for array in arrays)
 
 
+@busy
 @given(st.binary(max_size=400))
 def test_noise_never_fails_otherwise(noise: bytes) -> None:
     for content in (noise, b"GGUF\x03\0\0\0" + noise):
@@ -394,6 +422,22 @@ def test_shards_of_different_models(tmp_path: Path) -> None:
     paths = _write_shards(tmp_path, **{"split.tensors.count": 7})
     with pytest.raises(GgufError, match=r"7 tensors.*hold 3"):
         read_header(paths[0])
+
+
+def test_shards_of_another_count(tmp_path: Path) -> None:
+    paths = _write_shards(tmp_path, **{"split.count": 4})
+    with pytest.raises(GgufError, match="has 4 shards, its name says 3"):
+        read_header(paths[0])
+
+
+def test_tensor_in_two_shards(tmp_path: Path) -> None:
+    for i in range(2):
+        Gguf(
+            metadata=METADATA if i == 0 else {"split.no": 1},
+            tensors=[("output_norm.weight", (64,), "F32")],
+        ).write(tmp_path / f"m-0000{i + 1}-of-00002.gguf")
+    with pytest.raises(GgufError, match=r"output_norm.weight is in .*m-00001-of-00002.gguf too"):
+        read_header(tmp_path / "m-00001-of-00002.gguf")
 
 
 @pytest.mark.parametrize("name", ["m-00000-of-00002.gguf", "m-00003-of-00002.gguf"])

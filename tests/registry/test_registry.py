@@ -361,6 +361,18 @@ def test_registry_works_without_an_index(folder: Path, tmp_path: Path) -> None:
     assert "index" in models.problems[0]
 
 
+def test_index_that_goes_out_of_reach_later(folder: Path, index_path: Path) -> None:
+    small_model(folder / "a.gguf")
+    models = _registry(folder, index_path)
+    index_path.unlink()
+    index_path.parent.rmdir()
+    index_path.parent.touch()
+    small_model(folder / "b.gguf")
+    models.refresh()
+    assert _listed(models) == ["a:latest", "b:latest"]
+    assert str(index_path) in models.problems[0]
+
+
 def test_locked_index_is_written_later(
     folder: Path, index_path: Path, monkeypatch: pytest.MonkeyPatch, read_paths: list[str]
 ) -> None:
