@@ -66,7 +66,10 @@ def _parse_size(value: Any) -> int:
         return value
     if not isinstance(value, str):
         raise InvalidOptionError(f"it must be a size like 512MiB, not {value!r}")
-    return parse_bytes(value)
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise InvalidOptionError(str(error)) from None
 
 
 def parse_keep_alive(value: Any) -> float:
@@ -77,16 +80,21 @@ def parse_keep_alive(value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise InvalidOptionError(f"it must be a duration like 5m, not {value!r}")
-    if isinstance(value, str):
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = parse_duration(value)
-    else:
-        seconds = float(value)
+    seconds = _parse_duration(value) if isinstance(value, str) else float(value)
     if math.isnan(seconds):
         raise InvalidOptionError("it must be a duration like 5m, not NaN")
     return math.inf if seconds < 0 else seconds
+
+
+def _parse_duration(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise InvalidOptionError(str(error)) from None
 
 
 def _parse_seconds(value: Any) -> float:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import re
 
-from shimpy.errors import InvalidOptionError
-
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
@@ -36,11 +34,11 @@ def parse_bytes(text: str) -> int:
     Memory is sold and reported in powers of 1024, so "8GB" is read as 8 GiB too.
 
     Raises:
-        InvalidOptionError: the text is no size.
+        ValueError: the text is no size; the message is for the user.
     """
     match = _BYTES.fullmatch(text)
     if match is None:
-        raise InvalidOptionError(f'"{text}" is not a size; write it like 8GiB, 512MiB or 1.5G')
+        raise ValueError(f'"{text}" is not a size; write it like 8GiB, 512MiB or 1.5G')
     number, unit, _ = match.groups()
     return int(float(number) * KIB ** _BYTE_POWERS[unit.lower()])
 
@@ -61,7 +59,8 @@ def parse_duration(text: str) -> float:
     Source: Go's time.ParseDuration, which Ollama applies to keep_alive.
 
     Raises:
-        InvalidOptionError: the text is no duration; a bare number is none, except 0.
+        ValueError: the text is no duration; a bare number is none, except 0. The message is for
+            the user.
     """
     body = text.strip()
     if body == "0":
@@ -70,9 +69,7 @@ def parse_duration(text: str) -> float:
     unsigned = body[1:] if body[:1] in "+-" else body
     parts = _DURATION.findall(unsigned)
     if not parts or "".join(parts) != unsigned or "-" in unsigned or "+" in unsigned:
-        raise InvalidOptionError(
-            f'"{text}" is not a duration; write it with units, like 300s, 5m or 1h30m'
-        )
+        raise ValueError(f'"{text}" is not a duration; write it with units, like 300s, 5m or 1h30m')
     total = 0.0
     for part in parts:
         unit = part.lstrip("0123456789.")

@@ -254,10 +254,8 @@ def parse_keep_alive(value: Any) -> float | None:
         case str():
             try:
                 seconds = parse_duration(value)
-            except InvalidOptionError as error:
-                raise InvalidOptionError(
-                    f"keep_alive: {error.message}", option="keep_alive"
-                ) from None
+            except ValueError as error:
+                raise InvalidOptionError(f"keep_alive: {error}", option="keep_alive") from None
         case _:
             seconds = float(min(value, FOREVER_S))
     return math.inf if seconds < 0 or seconds >= FOREVER_S else seconds
