@@ -15,9 +15,10 @@ from shimpy.errors import GgufError, NotFoundError
 from shimpy.logs import get_logger
 from shimpy.registry.model import Model
 
-# A scan's result is good for this many times as long as the scan took: a listing is milliseconds
-# old, and a flood of requests over a slow disk keeps at most one thread a sixth of its time busy.
-_AGE_PER_SCAN = 5.0
+# Scans are milliseconds: each request that needs one gets a new one. Where they are slow (a
+# folder on a network, hundreds of new files), one may be this old before it is repeated.
+SLOW_SCAN_S = 0.25
+MAX_AGE_S = 2.0
 WATCH_PERIOD_S = 30.0
 
 _log = get_logger("registry")
@@ -80,13 +81,16 @@ class FreshRegistry:
 
     async def scan(self) -> None:
         """Look at the folders once more; a scan that began before this call does not count."""
-        if self._scan is not None:
-            await asyncio.shield(self._scan)
+        running = self._scan
+        if running is not None:
+            await asyncio.shield(running)
+        # Whoever waited with us may have begun the next one meanwhile: it is new enough.
         await self._join_or_start()
 
     async def _ensure_fresh(self) -> None:
-        age_s = self._clock() - self._started_s
-        if self._scan is not None or age_s > _AGE_PER_SCAN * self._took_s:
+        if self._took_s < SLOW_SCAN_S:
+            await self.scan()
+        elif self._scan is not None or self._clock() - self._started_s > MAX_AGE_S:
             await self._join_or_start()
 
     async def _join_or_start(self) -> None:

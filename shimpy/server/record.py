@@ -18,7 +18,6 @@ from shimpy.logs import get_logger
 _log = get_logger("server")
 
 REQUEST_ID_HEADER = "X-Request-Id"
-_KEY = "shimpy.record"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Rounded to what is worth reading: tenths of a millisecond.
 _DIGITS = 4
@@ -59,6 +58,9 @@ class Record:
         return known
 
 
+_RECORD = web.RequestKey("record", Record)
+
+
 def request_id_of(request: web.Request) -> str:
     """Return the id that the client gave its request, or a new one."""
     given = request.headers.get(REQUEST_ID_HEADER, "")
@@ -68,14 +70,13 @@ def request_id_of(request: web.Request) -> str:
 def attach_record(request: web.Request) -> Record:
     """Give a request its record and return it."""
     record = Record(request_id=request_id_of(request))
-    request[_KEY] = record
+    request[_RECORD] = record
     return record
 
 
 def record_of(request: web.Request) -> Record:
     """Return the record of a request that went through the app's middleware."""
-    record: Record = request[_KEY]
-    return record
+    return request[_RECORD]
 
 
 def log_bug(record: Record, error: BaseException) -> None:
