@@ -34,6 +34,7 @@ _KV_TYPES: dict[KvType, int] = {
     "q4_0": 2,
 }
 _FLASH = {"auto": -1, "off": 0, "on": 1}
+_CTX_STEP = 256
 
 # The bindings' version makes a pointer object of it at each call.
 _get_logits = bind("llama_get_logits", ctypes.c_void_p, ctypes.c_void_p)
@@ -189,12 +190,13 @@ def common_params(load: Load) -> Any:
     params.type_k = params.type_v = _KV_TYPES[load.kv_type]
     # All slots share the cells: a long text may take what short ones leave.
     params.kv_unified = True
+    # As llama.cpp rounds it, but before it bounds the batch by it.
+    params.n_ctx = -(-load.n_ctx // _CTX_STEP) * _CTX_STEP
     return params
 
 
 def _params(load: Load) -> Any:
     params = common_params(load)
-    params.n_ctx = load.n_ctx
     params.n_batch = max(load.n_batch, load.n_slots)
     params.n_ubatch = load.n_ubatch
     params.n_seq_max = load.n_slots

@@ -132,12 +132,12 @@ class Embedder:
 
 def _params(model: Model, load: Load) -> Any:
     params = common_params(load)
-    n_ctx = load.n_ctx
     params.embeddings = True
     params.pooling_type = _pooling(model)
-    params.n_ctx = n_ctx
     # No text may be parted: pooling works within a micro-batch, and encoders abort otherwise.
-    params.n_batch = params.n_ubatch = min(max(load.n_batch, load.n_ubatch), n_ctx)
+    n_batch = min(max(load.n_batch, load.n_ubatch), params.n_ctx)
+    # The graph of a pooling model is reserved for as many tokens of each text, or aborts.
+    params.n_batch = params.n_ubatch = -(-n_batch // _MAX_TEXTS) * _MAX_TEXTS
     params.n_seq_max = _MAX_TEXTS
     return params
 

@@ -157,6 +157,8 @@ class Grammar:
 
 
 def _check(text: str) -> None:
+    if not text.strip():
+        raise InvalidOptionError("the grammar is empty", option="grammar")
     if "\0" in text:
         raise InvalidOptionError("the grammar holds a zero byte", option="grammar")
     if len(text) > _MAX_BYTES:
