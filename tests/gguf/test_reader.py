@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shimpy.errors import GgufError
-from shimpy.gguf import reader
+from shimpy.gguf import parser, reader
 from shimpy.gguf.header import GgufArray, TruncatedHeaderError
-from shimpy.gguf.reader import MAX_HEADER_BYTES, check_data, parse_header, read_header
+from shimpy.gguf.parser import MAX_HEADER_BYTES
+from shimpy.gguf.reader import check_data, parse_header, read_header
 from tests.gguf.build import Gguf, dense_tensors, llama, small_model, string, tensor_row, value
 
 # The machine may be busy with other things.
@@ -462,14 +463,14 @@ def test_vocabulary_is_skipped_not_decoded(tmp_path: Path, monkeypatch: pytest.M
     }
     path = Gguf(metadata=llama() | vocabulary, tensors=dense_tensors()).write(tmp_path / "m.gguf")
     n_strings = 0
-    parse_string = reader._Parser._parse_string
+    parse_string = parser._Parser._parse_string
 
-    def count(self: reader._Parser, what: str, max_bytes: int) -> str:
+    def count(self: parser._Parser, what: str, max_bytes: int) -> str:
         nonlocal n_strings
         n_strings += 1
         return parse_string(self, what, max_bytes)
 
-    monkeypatch.setattr(reader._Parser, "_parse_string", count)
+    monkeypatch.setattr(parser._Parser, "_parse_string", count)
     tokens = read_header(path).get_array("tokenizer.ggml.tokens")
     assert n_strings < 100
     assert tokens is not None
