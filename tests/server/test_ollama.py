@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import AsyncIterator
@@ -262,6 +263,55 @@ async def test_tool_calls_without_content_are_taken(app: Running) -> None:
     ]
     lines = await app.lines("/api/chat", {"model": "chain", "messages": messages})
     assert _join(lines, "message", "content") == CHAIN_TEXT
+
+
+# --- embeddings -------------------------------------------------------------------------------
+
+
+async def test_embed_gives_one_vector_of_length_one_for_each_input(app: Running) -> None:
+    answer = await app.client.post("/api/embed", json={"model": "bert", "input": ["a b", "c"]})
+    body = answer.json()
+    assert body["model"] == "bert"
+    assert len(body["embeddings"]) == 2
+    assert body["embeddings"][0] != body["embeddings"][1]
+    for vector in body["embeddings"]:
+        assert math.hypot(*vector) == pytest.approx(1)
+    assert body["prompt_eval_count"] > 0
+    one = (await app.client.post("/api/embed", json={"model": "bert", "input": "a b"})).json()
+    assert one["embeddings"][0] == pytest.approx(body["embeddings"][0], abs=1e-4)
+
+
+async def test_embed_can_shorten_vectors(app: Running) -> None:
+    body = {"model": "bert", "input": "a b", "dimensions": 8}
+    (vector,) = (await app.client.post("/api/embed", json=body)).json()["embeddings"]
+    assert len(vector) == 8
+    assert math.hypot(*vector) == pytest.approx(1)
+    too_many = await app.client.post("/api/embed", json=body | {"dimensions": 100_000})
+    assert too_many.status_code == 400
+    assert "dimensions must be from 1 to" in too_many.json()["error"]
+
+
+async def test_embed_cuts_long_texts_unless_told_not_to(app: Running) -> None:
+    """A bad length must not cost the worker: bert aborts on it."""
+    body = {"model": "bert", "input": ["word " * 5000]}
+    assert (await app.client.post("/api/embed", json=body)).status_code == 200
+    refused = await app.client.post("/api/embed", json=body | {"truncate": False})
+    assert refused.status_code == 400
+    assert len((await app.client.post("/api/embed", json=body)).json()["embeddings"]) == 1
+
+
+async def test_embed_of_nothing_loads_the_model(app: Running) -> None:
+    for nothing in (None, "", []):
+        answer = await app.client.post("/api/embed", json={"model": "bert", "input": nothing})
+        assert answer.json()["embeddings"] == []
+
+
+async def test_the_older_embeddings_keep_their_length(app: Running) -> None:
+    answer = await app.client.post("/api/embeddings", json={"model": "bert", "prompt": "a b"})
+    vector = answer.json()["embedding"]
+    assert math.hypot(*vector) != pytest.approx(1, abs=1e-3)
+    empty = await app.client.post("/api/embeddings", json={"model": "bert"})
+    assert empty.json() == {"embedding": []}
 
 
 # --- listing ----------------------------------------------------------------------------------

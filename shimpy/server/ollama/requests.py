@@ -10,10 +10,13 @@ from typing import Any, Literal, cast, get_args
 
 from shimpy.chat.messages import ChatMessage, Role, ToolCall, ToolSpec
 from shimpy.errors import InvalidOptionError, UserError
+from shimpy.server.embedding import EmbeddingRequest
 from shimpy.server.ollama.gotemplate import is_go_template, to_jinja
 from shimpy.server.ollama.options import parse_options
 from shimpy.server.ollama.wire import (
     ChatBody,
+    EmbedBody,
+    EmbeddingsBody,
     GenerateBody,
     MessageBody,
     ToolBody,
@@ -79,6 +82,38 @@ def parse_chat(body: ChatBody) -> GenerationRequest:
         think=parse_think(body.think),
         truncate=bool(body.truncate),
         shift=bool(body.shift),
+    )
+
+
+def parse_embed(body: EmbedBody) -> EmbeddingRequest:
+    """Return what POST /api/embed asks for; without inputs it is to load.
+
+    Raises:
+        UserError: the message names what is wrong.
+    """
+    given = [body.input] if isinstance(body.input, str) else body.input or []
+    return EmbeddingRequest(
+        model=parse_model(body.model),
+        inputs=tuple(given) if given != [""] else (),
+        options=parse_options(body.options),
+        keep_alive_s=parse_keep_alive(body.keep_alive),
+        truncate=body.truncate is not False,
+        n_dimensions=body.dimensions or None,
+    )
+
+
+def parse_embeddings(body: EmbeddingsBody) -> EmbeddingRequest:
+    """Return what POST /api/embeddings, the older form, asks for; its vectors keep their length.
+
+    Raises:
+        UserError: the message names what is wrong.
+    """
+    return EmbeddingRequest(
+        model=parse_model(body.model),
+        inputs=(body.prompt,) if body.prompt else (),
+        options=parse_options(body.options),
+        keep_alive_s=parse_keep_alive(body.keep_alive),
+        normalize=False,
     )
 
 

@@ -11,17 +11,28 @@ from aiohttp import hdrs, web
 import shimpy
 from shimpy.gguf.reader import read_header
 from shimpy.server.bodies import read_body
+from shimpy.server.embedding import run_embedding
 from shimpy.server.events import Event
 from shimpy.server.generation import find_model, load_model, run_generation, unload_model
 from shimpy.server.ollama import answers, listing, residents
-from shimpy.server.ollama.requests import parse_chat, parse_generate, parse_model
+from shimpy.server.ollama.requests import (
+    parse_chat,
+    parse_embed,
+    parse_embeddings,
+    parse_generate,
+    parse_model,
+)
 from shimpy.server.ollama.wire import (
     ChatBody,
     ChatChunk,
+    EmbedAnswer,
+    EmbedBody,
+    EmbeddingsBody,
     GenerateBody,
     GenerateChunk,
     ShowBody,
     format_local_time,
+    to_ns,
 )
 from shimpy.server.record import record_of
 from shimpy.server.requests import ChatPrompt, GenerationRequest, PlainPrompt
@@ -87,6 +98,29 @@ async def chat(request: web.Request) -> web.StreamResponse:
     return await stream_chunks(request, _lines(chunks), _NDJSON_FORM)
 
 
+async def embed(request: web.Request) -> web.Response:
+    """POST /api/embed: one vector of length 1 for each input."""
+    asked = parse_embed(await read_body(request, EmbedBody))
+    found = await run_embedding(services_of(request), asked, record_of(request))
+    return json_response(
+        EmbedAnswer(
+            model=asked.model,
+            embeddings=[vector.tolist() for vector in found.vectors],
+            total_duration=to_ns(found.total_s),
+            load_duration=to_ns(found.load_s),
+            prompt_eval_count=found.n_tokens,
+        )
+    )
+
+
+async def embeddings(request: web.Request) -> web.Response:
+    """POST /api/embeddings: the vector of one text, as the model gives it."""
+    asked = parse_embeddings(await read_body(request, EmbeddingsBody))
+    found = await run_embedding(services_of(request), asked, record_of(request))
+    vector = found.vectors[0].tolist() if found.vectors else []
+    return json_response({"embedding": vector})
+
+
 async def tags(request: web.Request) -> web.Response:
     """GET /api/tags: the models that can be used."""
     models = await services_of(request).registry.models()
@@ -135,6 +169,8 @@ ROUTES = [
     web.get("/api/version", version),
     web.post("/api/generate", generate),
     web.post("/api/chat", chat),
+    web.post("/api/embed", embed),
+    web.post("/api/embeddings", embeddings),
     web.get("/api/tags", tags),
     web.get("/api/ps", ps),
     web.post("/api/show", show),

@@ -183,17 +183,6 @@ class AnswerMessage(msgspec.Struct, omit_defaults=True, kw_only=True):
     tool_calls: list[CalledTool] = []
 
 
-class Metrics(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """Counts, and durations in nanoseconds; on the last chunk."""
-
-    total_duration: int = 0
-    load_duration: int = 0
-    prompt_eval_count: int = 0
-    prompt_eval_duration: int = 0
-    eval_count: int = 0
-    eval_duration: int = 0
-
-
 class GenerateChunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     """A chunk of /api/generate, or the whole answer."""
 
@@ -229,6 +218,16 @@ class ChatChunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     eval_count: int = 0
     eval_duration: int = 0
     logprobs: list[Logprob] = []
+
+
+class EmbedAnswer(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """The answer of /api/embed."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int = 0
+    load_duration: int = 0
+    prompt_eval_count: int = 0
 
 
 # --- values -----------------------------------------------------------------------------------

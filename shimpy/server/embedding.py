@@ -1,0 +1,96 @@
+"""The one path of embeddings, in no dialect: texts in, one vector each out."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shimpy.errors import InvalidOptionError
+from shimpy.protocol.messages import Embedded, Text
+from shimpy.server.generation import acquire, find_model
+from shimpy.server.options import Options
+from shimpy.server.record import Record
+from shimpy.server.services import Services
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRequest:
+    """What a client wants embedded."""
+
+    model: str
+    inputs: tuple[str, ...]
+    options: Options = field(default_factory=Options)
+    keep_alive_s: float | None = None
+    # A text over the context is cut; else it is an error.
+    truncate: bool = True
+    # Vectors of length 1.
+    normalize: bool = True
+    # Keep only so many numbers of each vector, as Matryoshka models allow.
+    n_dimensions: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """One vector for each input, in order; times in seconds."""
+
+    vectors: tuple[array[float], ...]
+    n_tokens: int
+    load_s: float
+    total_s: float
+
+
+async def run_embedding(
+    services: Services, request: EmbeddingRequest, record: Record
+) -> Embeddings:
+    """Return the vectors of a request's inputs; without inputs the model is only loaded.
+
+    Raises:
+        UserError: a text is too long and not to be cut, or there are not so many dimensions.
+        ShimpyError: as for a generation.
+    """
+    arrived_s = time.monotonic()
+    model = await find_model(services, request.model, record)
+    async with acquire(services, model, request.options, request.keep_alive_s, record) as lease:
+        answer = Embedded(request=0, n_embd=0, data=b"", n_tokens=0)
+        if request.inputs:
+            answer = await lease.embed(
+                [[Text(text)] for text in request.inputs],
+                truncate=request.truncate,
+                normalize=request.normalize,
+            )
+        load_s = lease.load_s
+    record.n_prompt, record.outcome = answer.n_tokens, "stop"
+    return Embeddings(
+        vectors=tuple(_shortened(vector, request) for vector in split_vectors(answer)),
+        n_tokens=answer.n_tokens,
+        load_s=load_s,
+        total_s=time.monotonic() - arrived_s,
+    )
+
+
+def split_vectors(answer: Embedded) -> Sequence[array[float]]:
+    """Return the vectors in a worker's answer."""
+    numbers = array("f")
+    numbers.frombytes(answer.data)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    size = max(1, answer.n_embd)
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def _shortened(vector: array[float], request: EmbeddingRequest) -> array[float]:
+    n_wanted = request.n_dimensions
+    if n_wanted is None or n_wanted == len(vector):
+        return vector
+    if not 1 <= n_wanted <= len(vector):
+        raise InvalidOptionError(
+            f"dimensions must be from 1 to {len(vector)} with this model, not {n_wanted}",
+            option="dimensions",
+        )
+    cut = vector[:n_wanted]
+    length = math.hypot(*cut) if request.normalize else 1.0
+    return array("f", (number / (length or 1.0) for number in cut))
