@@ -32,6 +32,15 @@ class ThinkingTags:
     noise: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class CallFrame:
+    """A call as this model writes it: `before` NAME `between` ARGUMENTS `after`."""
+
+    before: str
+    between: str
+    after: str
+
+
 # Hermes and Qwen write JSON in these tags, Qwen Coder and GLM tags; the body tells which.
 HERMES = ToolSyntax(name="hermes", opener="<tool_call>", closer="</tool_call>", body="tags")
 # Qwen Coder and Llama 3 at times leave the outer tag away.
@@ -71,6 +80,34 @@ SYNTAXES = (
     MINIMAX,
 )
 
+_HERMES_FRAME = CallFrame('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>")
+_JSON_FRAME = CallFrame('{"name": "', '", "parameters": ', "}")
+_FENCED_FRAME = CallFrame(
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+    "\n```json\n",
+    "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+)
+_NAMED_FRAME = CallFrame("[TOOL_CALLS]", "[ARGS]", "")
+_FRAMES = {
+    "mistral": CallFrame('[TOOL_CALLS] [{"name": "', '", "arguments": ', "}]"),
+    "granite": CallFrame('<|tool_call|>[{"name": "', '", "arguments": ', "}]"),
+    "deepseek": CallFrame(
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    "kimi": CallFrame(
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.",
+        ":0<|tool_call_argument_begin|>",
+        "<|tool_call_end|><|tool_calls_section_end|>",
+    ),
+    "command-r": CallFrame(
+        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "',
+        '", "parameters": ',
+        "}]<|END_ACTION|>",
+    ),
+}
+
 _THINKING = (
     ThinkingTags(opener="<think>", closer="</think>"),
     ThinkingTags(opener="[THINK]", closer="[/THINK]"),
@@ -103,10 +140,17 @@ class ChatFormat:
     thinking: ThinkingTags | None = None
     # How this model was taught to write calls; others are understood too.
     tool: ToolSyntax = HERMES
+    # How a call is written when it has to be made.
+    frame: CallFrame = _HERMES_FRAME
     # Calls are bare JSON objects, at the beginning of the answer (Llama 3).
     bare_json: bool = False
     # The model's tokenizer has marks as control tokens: Submit.show_special must be set.
     show_special: bool = False
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the output may hold thoughts."""
+        return self.thinking is not None or self.kind == "harmony"
 
     def opens_thinking(self, prompt: str) -> bool:
         """Whether a prompt ends inside a thought, so that the answer begins in it."""
@@ -126,6 +170,7 @@ def choose_format(template: ChatTemplate, *, with_tools: bool = False) -> ChatFo
     return ChatFormat(
         thinking=thinking,
         tool=tool,
+        frame=_frame(tool, used.traits.call_sample, bare_json=bare_json),
         bare_json=bare_json,
         show_special=any(used.has_control(mark) for mark in marks),
     )
@@ -158,3 +203,14 @@ def _tool_syntax(template: ChatTemplate) -> tuple[ToolSyntax, bool]:
             if syntax.opener in template.source:
                 return syntax, syntax is PYTHON_TAG
     return HERMES, False
+
+
+def _frame(tool: ToolSyntax, sample: str, *, bare_json: bool) -> CallFrame:
+    """Return how a call is written; all parsers read the generic way too."""
+    if bare_json:
+        return _JSON_FRAME
+    if tool is MISTRAL and "[ARGS]" in sample:
+        return _NAMED_FRAME
+    if tool is DEEPSEEK and "```json" in sample:
+        return _FENCED_FRAME
+    return _FRAMES.get(tool.name, _HERMES_FRAME)

@@ -2,24 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+
+from shimpy.chat.fim import FimRole
 
 # gguf token types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _UNKNOWN = 2
 _CONTROL = 3
 # llama.cpp makes these control tokens by their text, whatever type the file gives them
 # (src/llama-vocab.cpp: the end-of-turn, end-of-message and fill-in-the-middle tokens).
-_BY_TEXT = frozenset(
+_END_TEXTS = frozenset(
     """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <turn|>
-    <|endoftext|> <|end_of_text|> </s> <|eom_id|> <EOT> _<EOT> <｜end▁of▁sentence｜>
-    <end_of_utterance> <|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE>
-    <|code_prefix|> <|prefix|> <|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF>
-    ▁<SUF> <|code_suffix|> <|suffix|> <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜>
-    <MID> ▁<MID> <|code_middle|> <|middle|> <|fim_pad|> <fim-pad> <fim_pad> <PAD> <|fim_repo|>
-    <|repo_name|> <fim-repo> <fim_repo> <REPO> <reponame> <|file_sep|> <|file_separator|>
+    <|endoftext|> <|end_of_text|> </s> <|eom_id|> <EOT> _<EOT> <|EOT|> <|eot|> [e~[ <｜end▁of▁sentence｜>
+    <end_of_utterance>
     """.split()  # noqa: SIM905 - easier to read
 )
+_FIM_TEXTS: dict[FimRole, tuple[str, ...]] = {
+    "prefix": (
+        "<|fim_prefix|>",
+        "<fim-prefix>",
+        "<fim_prefix>",
+        "<｜fim▁begin｜>",
+        "<PRE>",
+        "▁<PRE>",
+        "<|code_prefix|>",
+        "<|prefix|>",
+    ),
+    "suffix": (
+        "<|fim_suffix|>",
+        "<fim-suffix>",
+        "<fim_suffix>",
+        "<｜fim▁hole｜>",
+        "<SUF>",
+        "▁<SUF>",
+        "<|code_suffix|>",
+        "<|suffix|>",
+    ),
+    "middle": (
+        "<|fim_middle|>",
+        "<fim-middle>",
+        "<fim_middle>",
+        "<｜fim▁end｜>",
+        "<MID>",
+        "▁<MID>",
+        "<|code_middle|>",
+        "<|middle|>",
+    ),
+    "repo": (
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<REPO>",
+        "<reponame>",
+    ),
+    "separator": ("<|file_sep|>",),
+}
+_PAD_TEXTS = ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>")
+_FIM_KEYS: dict[FimRole, tuple[str, ...]] = {
+    "prefix": ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id"),
+    "suffix": ("tokenizer.ggml.fim_suf_token_id", "tokenizer.ggml.suffix_token_id"),
+    "middle": ("tokenizer.ggml.fim_mid_token_id", "tokenizer.ggml.middle_token_id"),
+    "repo": ("tokenizer.ggml.fim_rep_token_id",),
+    "separator": ("tokenizer.ggml.fim_sep_token_id",),
+}
+_BY_TEXT = _END_TEXTS.union(_PAD_TEXTS, *_FIM_TEXTS.values())
+
+
+def fim_roles(tokens: Iterable[str], keys: Container[str]) -> frozenset[FimRole]:
+    """Return the fill-in-the-middle tokens of a vocabulary, as llama.cpp finds them.
+
+    `keys` are the file's metadata keys, which may name the tokens; else their texts tell.
+    """
+    role_of = {text: role for role, texts in _FIM_TEXTS.items() for text in texts}
+    by_text = {role_of[token] for token in tokens if token in role_of}
+    by_key = {role for role, names in _FIM_KEYS.items() if any(name in keys for name in names)}
+    return frozenset(by_text | by_key)
 
 
 def control_tokens(tokens: Iterable[str], types: Sequence[int] | None) -> list[str]:
