@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shimpy.chat.fim import FimRole
 from shimpy.chat.template import ChatTemplate
-from shimpy.chat.vocabulary import control_tokens
+from shimpy.chat.vocabulary import control_tokens, fim_roles
 from shimpy.errors import GgufError
-from shimpy.gguf.header import GgufArray, Header
+from shimpy.gguf.header import Header
 from shimpy.gguf.reader import read_header
 from shimpy.registry.model import Model
 
@@ -31,6 +33,8 @@ class ModelCard:
     # Texts of the start and the end token; "": there is none.
     bos_text: str
     eos_text: str
+    # Which fill-in-the-middle tokens the vocabulary has.
+    fim_roles: frozenset[FimRole]
 
     def compile_template(self, source: str) -> ChatTemplate:
         """Return another template for this model; takes some tens of milliseconds.
@@ -73,8 +77,10 @@ class ModelCards:
 def make_card(model: Model) -> ModelCard:
     """Return a model's card; blocking."""
     header = read_header(model.path)
-    tokens = control_texts(header)
-    bos_text, eos_text = token_text(header, "bos"), token_text(header, "eos")
+    vocabulary = header.get_array("tokenizer.ggml.tokens")
+    texts = [] if vocabulary is None else [str(token) for token in vocabulary]
+    tokens = control_texts(header, texts)
+    bos_text, eos_text = (token_text(header, texts, role) for role in ("bos", "eos"))
     template = ChatTemplate.compile(
         header.get_str("tokenizer.chat_template", ""),
         control_tokens=tokens,
@@ -85,31 +91,25 @@ def make_card(model: Model) -> ModelCard:
         tool_source=header.get_str("tokenizer.chat_template.tool_use", "") or None,
     )
     return ModelCard(
-        template=template, control_tokens=tuple(tokens), bos_text=bos_text, eos_text=eos_text
+        template=template,
+        control_tokens=tuple(tokens),
+        bos_text=bos_text,
+        eos_text=eos_text,
+        fim_roles=fim_roles(texts, header.metadata),
     )
 
 
-def control_texts(header: Header) -> list[str]:
-    """Return the texts of the vocabulary's control tokens; none where there is no vocabulary."""
-    tokens = header.get_array("tokenizer.ggml.tokens")
-    if tokens is None:
-        return []
+def control_texts(header: Header, texts: Sequence[str]) -> list[str]:
+    """Return those of the vocabulary's texts that are control tokens."""
     types = header.get_array("tokenizer.ggml.token_type")
     kinds = None if types is None else [_int(header, kind) for kind in types]
-    return control_tokens([str(token) for token in tokens], kinds)
+    return control_tokens(texts, kinds)
 
 
-def token_text(header: Header, role: str) -> str:
+def token_text(header: Header, texts: Sequence[str], role: str) -> str:
     """Return the text of the start ("bos") or end ("eos") token; "": there is none."""
     index = header.metadata.get(f"tokenizer.ggml.{role}_token_id")
-    tokens = header.get_array("tokenizer.ggml.tokens")
-    if not isinstance(index, int) or tokens is None or not 0 <= index < len(tokens):
-        return ""
-    return _nth(tokens, index)
-
-
-def _nth(tokens: GgufArray, index: int) -> str:
-    return next(str(token) for i, token in enumerate(tokens) if i == index)
+    return texts[index] if isinstance(index, int) and 0 <= index < len(texts) else ""
 
 
 def _int(header: Header, value: object) -> int:

@@ -10,11 +10,14 @@ import secrets
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from shimpy.chat.formats import choose_format
+from shimpy.chat.answers import json_answer
+from shimpy.chat.fim import fim_prompt
+from shimpy.chat.formats import ChatFormat, choose_format
 from shimpy.chat.parser import OutputParser, make_parser
+from shimpy.chat.schema import schema_grammar
 from shimpy.chat.template import Rendered
 from shimpy.errors import UnsupportedError
-from shimpy.protocol.messages import Fim, PromptPart, Submit, Text, Tokens
+from shimpy.protocol.messages import PromptPart, Submit, Text, Tokens
 from shimpy.registry.model import Model
 from shimpy.server.cards import ModelCard
 from shimpy.server.requests import ChatPrompt, GapPrompt, GenerationRequest, PlainPrompt
@@ -41,24 +44,31 @@ def prepare(request: GenerationRequest, model: Model, card: ModelCard, now: date
         UserError: the template refuses the conversation, or the format can't be compiled.
     """
     check_capabilities(request, model, card)
-    rendered, parser, show_special = _render(request, card, now)
+    form = _render(request, card, now)
     options = request.options
-    n_predict = -1 if options.n_predict is None else max(-1, options.n_predict)
     n_keep = options.n_keep
     submit = Submit(
         request=0,
-        prompt=rendered.parts,
-        sampling=options.sampling(grammar_of(request)),
-        stop=list(dict.fromkeys((*(options.stop or ()), *rendered.stop))),
-        n_predict=n_predict,
-        add_bos=rendered.add_bos,
+        prompt=form.rendered.parts,
+        sampling=options.sampling(grammar_of(request, form)),
+        stop=list(dict.fromkeys((*(options.stop or ()), *form.rendered.stop))),
+        n_predict=-1 if options.n_predict is None else max(-1, options.n_predict),
+        add_bos=form.rendered.add_bos,
         n_keep=DEFAULT_N_KEEP if n_keep is None or n_keep < 0 else n_keep,
         truncate=request.truncate,
         shift=request.shift,
         return_tokens=request.wants_tokens,
-        show_special=show_special,
+        show_special=form.chat_format is not None and form.chat_format.show_special,
     )
-    return Prepared(submit=submit, parser=parser)
+    return Prepared(submit=submit, parser=_parser_of(request, form))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """A rendered prompt, and what its answer looks like; None: plain text."""
+
+    rendered: Rendered
+    chat_format: ChatFormat | None = None
 
 
 def check_capabilities(request: GenerationRequest, model: Model, card: ModelCard) -> None:
@@ -72,7 +82,7 @@ def check_capabilities(request: GenerationRequest, model: Model, card: ModelCard
     if shape is not None and (shape.is_embedding or shape.is_reranker):
         wanted = "chat" if is_chat else "generate"
         raise UnsupportedError(f'"{model.name}" does not support {wanted}')
-    if isinstance(prompt, GapPrompt) and shape is not None and not shape.has_fim:
+    if isinstance(prompt, GapPrompt) and not {"prefix", "suffix", "middle"} <= card.fim_roles:
         raise UnsupportedError(
             f'"{model.name}" does not support insert: its vocabulary has no fill-in-the-middle '
             "tokens"
@@ -84,45 +94,35 @@ def check_capabilities(request: GenerationRequest, model: Model, card: ModelCard
             raise UnsupportedError(f'"{model.name}" does not support vision')
 
 
-def _render(
-    request: GenerationRequest, card: ModelCard, now: datetime
-) -> tuple[Rendered, OutputParser | None, bool]:
+def _render(request: GenerationRequest, card: ModelCard, now: datetime) -> _Form:
     prompt = request.prompt
     match prompt:
         case PlainPrompt(text=text):
             has_bos = bool(card.bos_text) and text.startswith(card.bos_text)
             parts: list[PromptPart] = [Text(text, parse_special=True)]
-            return Rendered(parts=parts, add_bos=not has_bos), None, False
+            return _Form(rendered=Rendered(parts=parts, add_bos=not has_bos))
         case GapPrompt(prefix=prefix, suffix=suffix):
-            return Rendered(parts=gap_parts(prefix, suffix)), None, False
+            parts = fim_prompt(prefix, suffix, roles=card.fim_roles)
+            return _Form(rendered=Rendered(parts=parts))
         case ChatPrompt():
             return _render_chat(request, prompt, card, now)
 
 
 def _render_chat(
     request: GenerationRequest, prompt: ChatPrompt, card: ModelCard, now: datetime
-) -> tuple[Rendered, OutputParser | None, bool]:
+) -> _Form:
     template = card.template
     if prompt.template is not None:
         template = card.compile_template(prompt.template)
     elif prompt.is_one_turn and template.family and not template.problem:
         # A model without a template: its prompt is the text alone, as in Ollama.
         text = "\n\n".join(message.content for message in prompt.messages)
-        return _continued(Rendered(parts=[Text(text)]), prompt), None, False
-    think = request.think
-    if request.output_format is not None and think is None:
-        # The grammar holds from the first token on: there is no room for a thought before it.
-        think = False
-    rendered = template.render(prompt.messages, now=now, tools=prompt.tools, think=think)
-    chat_format = choose_format(template, with_tools=bool(prompt.tools))
-    parser = make_parser(
-        chat_format,
-        prompt=rendered.text,
-        tools=prompt.tools,
-        split_thinking=request.output_format is None,
-        call_id=f"call_{secrets.token_hex(4)}_",
+        return _Form(rendered=_continued(Rendered(parts=[Text(text)]), prompt))
+    rendered = template.render(prompt.messages, now=now, tools=prompt.tools, think=request.think)
+    return _Form(
+        rendered=_continued(rendered, prompt),
+        chat_format=choose_format(template, with_tools=bool(prompt.tools)),
     )
-    return _continued(rendered, prompt), parser, chat_format.show_special
 
 
 def _continued(rendered: Rendered, prompt: ChatPrompt) -> Rendered:
@@ -132,13 +132,31 @@ def _continued(rendered: Rendered, prompt: ChatPrompt) -> Rendered:
     return replace(rendered, parts=[Tokens(list(prompt.context)), *rendered.parts], add_bos=False)
 
 
-def gap_parts(prefix: str, suffix: str) -> list[PromptPart]:
-    """Return the prompt of a gap, prefix first, by the model's own tokens."""
-    return [Fim("prefix"), Text(prefix), Fim("suffix"), Text(suffix), Fim("middle")]
-
-
-def grammar_of(request: GenerationRequest) -> str | None:
-    """Return the grammar that the answer must follow; None: free text."""
-    if request.output_format is None:
+def _parser_of(request: GenerationRequest, form: _Form) -> OutputParser | None:
+    if form.chat_format is None:
         return None
-    raise UnsupportedError("format is not supported yet")
+    return make_parser(
+        form.chat_format,
+        prompt=form.rendered.text,
+        tools=request.prompt.tools if isinstance(request.prompt, ChatPrompt) else (),
+        call_id=f"call_{secrets.token_hex(4)}_",
+    )
+
+
+def grammar_of(request: GenerationRequest, form: _Form) -> str | None:
+    """Return the grammar that the answer must follow; None: free text.
+
+    Raises:
+        UserError: a part of the schema can't be compiled; the message names it.
+    """
+    wanted = request.output_format
+    if wanted is None:
+        return None
+    if form.chat_format is None:
+        return schema_grammar({"type": "object"} if wanted == "json" else wanted)
+    return json_answer(
+        form.chat_format,
+        schema=None if wanted == "json" else wanted,
+        prompt=form.rendered.text,
+        allow_thinking=request.think is not False,
+    )

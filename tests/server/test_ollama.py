@@ -25,11 +25,15 @@ _COUNTS = re.compile(rb'"((?:total|load|prompt_eval|eval)_(?:duration|count))":\
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def app(
-    tmp_path_factory: pytest.TempPathFactory, chain_model: Path, bert_model: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    chain_model: Path,
+    bert_model: Path,
+    llama_model: Path,
 ) -> AsyncIterator[Running]:
     folder = tmp_path_factory.mktemp("ollama")
     shutil.copy(chain_model, folder / "chain.gguf")
     shutil.copy(bert_model, folder / "bert.gguf")
+    shutil.copy(llama_model, folder / "llama.gguf")
     write_chain(folder / "base.gguf", chat_template=None)
     (folder / "broken.gguf").write_bytes(b"<!doctype html>")
     async with running_app(folder, tmp_path_factory.mktemp("state")) as running:
@@ -189,6 +193,36 @@ async def test_logprobs_come_with_the_text(app: Running) -> None:
     assert len(answer["logprobs"]) >= answer["eval_count"] - 1
 
 
+# --- format -----------------------------------------------------------------------------------
+
+
+async def test_format_json_makes_even_a_random_model_write_json(app: Running) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"],
+    }
+    body = {"model": "llama", "prompt": "x", "stream": False, "options": {"num_predict": 400}}
+    for raw in (False, True):
+        asked = body | {"format": schema, "raw": raw}
+        answer = (await app.client.post("/api/generate", json=asked)).json()
+        assert answer["done_reason"] == "stop"
+        value = msgspec.json.decode(answer["response"])
+        assert isinstance(value["a"], int)
+        assert value["b"] in ("x", "y")
+    loose = (await app.client.post("/api/generate", json=body | {"format": "json"})).json()
+    assert loose["response"].startswith("{")
+    assert loose["done_reason"] in ("stop", "length")
+
+
+async def test_a_schema_that_cannot_be_compiled_names_the_part(app: Running) -> None:
+    schema = {"type": "object", "properties": {"a": {"not": {"type": "null"}}}}
+    body = {"model": "llama", "prompt": "x", "format": schema}
+    answer = await app.client.post("/api/generate", json=body)
+    assert answer.status_code == 400
+    assert "/properties/a" in answer.json()["error"]
+
+
 # --- the older native form --------------------------------------------------------------------
 
 
@@ -319,8 +353,13 @@ async def test_the_older_embeddings_keep_their_length(app: Running) -> None:
 
 async def test_tags_lists_usable_models_and_models_all(app: Running) -> None:
     tags = (await app.client.get("/api/tags")).json()["models"]
-    assert [tag["name"] for tag in tags] == ["base:latest", "bert:latest", "chain:latest"]
-    chain = tags[-1]
+    assert [tag["name"] for tag in tags] == [
+        "base:latest",
+        "bert:latest",
+        "chain:latest",
+        "llama:latest",
+    ]
+    chain = tags[2]
     assert chain["model"] == chain["name"]
     assert re.fullmatch("[0-9a-f]{64}", chain["digest"])
     assert {"format", "family", "parameter_size", "quantization_level"} <= chain["details"].keys()
