@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.shapes import MODELS, FileType, quantized, write_gguf
 
 from shimpy.gguf.arch import ModelShape, describe_model
 from shimpy.gguf.reader import read_header
@@ -19,6 +18,7 @@ from shimpy.placement.memory import (
     pad_context,
 )
 from shimpy.units import GIB, MIB
+from tests.shapes import MODELS, FileType, quantized, write_gguf
 
 ShapeOf = Callable[[str, FileType], ModelShape]
 
@@ -61,7 +61,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("placement", ["all-gpu", "cpu-moe"])
-@pytest.mark.parametrize(("model", "file_type"), PUBLISHED, ids=lambda value: str(value))
+@pytest.mark.parametrize(("model", "file_type"), PUBLISHED, ids=str)
 def test_predicts_the_published_rows(
     shape_of: ShapeOf, model: str, file_type: FileType, placement: str
 ) -> None:
@@ -81,7 +81,7 @@ def test_predicts_the_published_rows(
     assert use.total_bytes / MIB == pytest.approx(weights + kv + compute, rel=0.02)
 
 
-@pytest.mark.parametrize(("model", "file_type"), PUBLISHED, ids=lambda value: str(value))
+@pytest.mark.parametrize(("model", "file_type"), PUBLISHED, ids=str)
 def test_shapes_have_the_published_file_sizes(
     shape_of: ShapeOf, model: str, file_type: FileType
 ) -> None:
@@ -147,7 +147,7 @@ RESERVED = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "reserved"), RESERVED, ids=lambda value: str(value))
+@pytest.mark.parametrize(("settings", "reserved"), RESERVED, ids=str)
 def test_compute_buffers_of_other_architectures(
     shape_of: ShapeOf, settings: tuple[str, int, int, int, int, int, str], reserved: float
 ) -> None:
