@@ -28,6 +28,7 @@ from shimpy.server.cards import ModelCards
 from shimpy.server.freshness import FreshRegistry
 from shimpy.server.guard import Guard
 from shimpy.server.listening import open_sockets, split_bind, urls_of
+from shimpy.server.machine import Machine, report_hardware
 from shimpy.server.services import Lifecycle, Services
 from shimpy.server.systemd import notify
 
@@ -47,23 +48,27 @@ async def serve(config: Config, *, announce: Callable[[str], None] | None = None
     await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
     registry = Registry(config.model_dirs, index_path=config.state_dir / "index.sqlite")
     fresh = FreshRegistry(registry)
-    probe = make_probe(config)
+    machine = Machine(make_probe(config))
     host, port = split_bind(config.bind)
     sockets = await open_sockets(host, port)
     try:
-        async with Scheduler(config, probe) as scheduler, asyncio.TaskGroup() as tasks:
+        async with Scheduler(config, machine.probe) as scheduler, asyncio.TaskGroup() as tasks:
             services = Services(
                 config=config,
                 registry=fresh,
                 scheduler=scheduler,
                 cards=ModelCards(),
-                probe=probe,
+                machine=machine,
                 guard=Guard(host=host),
                 lifecycle=Lifecycle(),
             )
-            watching = tasks.create_task(fresh.watch())
+            background = [
+                tasks.create_task(fresh.watch()),
+                tasks.create_task(_look_around(machine)),
+            ]
             await _run(services, sockets, announce)
-            watching.cancel()
+            for task in background:
+                task.cancel()
     finally:
         for sock in sockets:
             sock.close()
@@ -73,6 +78,14 @@ async def serve(config: Config, *, announce: Callable[[str], None] | None = None
 def make_probe(config: Config) -> Callable[[], Hardware]:
     """Return what takes a snapshot of this machine, less what the config leaves to others."""
     return partial(probe_hardware, reserve_vram=config.reserve_vram, reserve_ram=config.reserve_ram)
+
+
+async def _look_around(machine: Machine) -> None:
+    """Probe once, so that the first request finds caches warm and the log names idle cards."""
+    try:
+        report_hardware(await asyncio.to_thread(machine.probe))
+    except Exception as error:  # noqa: BLE001 - requests probe again, and tell their clients
+        _log.error("probe_failed", exc_info=error)
 
 
 class StopSignals:

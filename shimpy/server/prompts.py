@@ -14,8 +14,8 @@ from shimpy.chat.answers import json_answer
 from shimpy.chat.fim import fim_prompt
 from shimpy.chat.formats import ChatFormat, choose_format
 from shimpy.chat.parser import OutputParser, make_parser
+from shimpy.chat.rendered import Rendered
 from shimpy.chat.schema import schema_grammar
-from shimpy.chat.template import Rendered
 from shimpy.errors import UnsupportedError
 from shimpy.protocol.messages import PromptPart, Submit, Text, Tokens
 from shimpy.registry.model import Model

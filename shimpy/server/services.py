@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from shimpy.config import Config
-from shimpy.placement.hardware import Hardware
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.server.cards import ModelCards
 from shimpy.server.freshness import FreshRegistry
 from shimpy.server.guard import Guard
+from shimpy.server.machine import Machine
 
 
 @dataclass(slots=True)
@@ -64,8 +64,7 @@ class Services:
     registry: FreshRegistry
     scheduler: Scheduler
     cards: ModelCards
-    # Blocking: call it in a thread.
-    probe: Callable[[], Hardware]
+    machine: Machine
     guard: Guard
     lifecycle: Lifecycle
 

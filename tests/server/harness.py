@@ -20,6 +20,7 @@ from shimpy.server.app import make_app
 from shimpy.server.cards import ModelCards
 from shimpy.server.freshness import FreshRegistry
 from shimpy.server.guard import Guard
+from shimpy.server.machine import Machine
 from shimpy.server.services import Lifecycle, Services
 from shimpy.units import GIB
 
@@ -58,13 +59,14 @@ async def running_app(
         **{"n_threads": 1, "n_ctx": 2048, "n_slots": 8, "model_dirs": (folder,)} | settings
     )
     registry = FreshRegistry(Registry(config.model_dirs, index_path=state / "index.sqlite"))
-    async with Scheduler(config, lambda: MACHINE, engine_argv=engine_argv) as scheduler:
+    machine = Machine(lambda: MACHINE)
+    async with Scheduler(config, machine.probe, engine_argv=engine_argv) as scheduler:
         services = Services(
             config=config,
             registry=registry,
             scheduler=scheduler,
             cards=ModelCards(),
-            probe=lambda: MACHINE,
+            machine=machine,
             guard=Guard(host="127.0.0.1"),
             lifecycle=Lifecycle(),
         )

@@ -129,9 +129,15 @@ async def tags(request: web.Request) -> web.Response:
 
 
 async def ps(request: web.Request) -> web.Response:
-    """GET /api/ps: the loaded models."""
-    loaded = services_of(request).scheduler.residents()
-    return json_response({"models": residents.resident_entries(loaded)})
+    """GET /api/ps: the loaded models, and the cards that lie idle because of the build."""
+    services = services_of(request)
+    loaded = services.scheduler.residents()
+    return json_response(
+        {
+            "models": residents.resident_entries(loaded),
+            "unusable_gpus": services.machine.unusable_gpus,
+        }
+    )
 
 
 async def show(request: web.Request) -> web.Response:
