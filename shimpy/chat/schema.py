@@ -416,7 +416,7 @@ class _Compiler:
         required = _list_of(schema.get("required", []), place.beside("required"))
         if not all(isinstance(name, str) for name in required):
             raise place.beside("required").error("it is a list of names")
-        extra = schema.get("additionalProperties", not properties and not required)
+        extra = schema.get("additionalProperties", "properties" not in schema and not required)
         named = {name: properties.get(name, extra or True) for name in (*properties, *required)}
         low, high = self._counts(schema, "minProperties", "maxProperties", place)
         if not named:

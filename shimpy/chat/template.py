@@ -12,26 +12,10 @@ from shimpy.chat.families import choose_family
 from shimpy.chat.guard import ControlTokens, Guard
 from shimpy.chat.messages import ChatMessage, ToolSpec
 from shimpy.chat.probes import probe_traits
+from shimpy.chat.rendered import Rendered
 from shimpy.chat.sandbox import CompiledTemplate, TemplateFault, compile_template, strftime_now
 from shimpy.chat.traits import Traits, think_variables
 from shimpy.errors import UserError
-from shimpy.protocol.messages import PromptPart, Text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
-    """A prompt, and how it must be submitted."""
-
-    parts: list[PromptPart]
-    # False: the template wrote the start token itself.
-    add_bos: bool = True
-    # Strings that end an answer, for families whose end is no token.
-    stop: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """The prompt as one text."""
-        return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
 class ChatTemplate:

@@ -14,8 +14,8 @@ _CONTROL = 3
 _END_TEXTS = frozenset(
     """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <turn|>
-    <|endoftext|> <|end_of_text|> </s> <|eom_id|> <EOT> _<EOT> <|EOT|> <|eot|> [e~[ <｜end▁of▁sentence｜>
-    <end_of_utterance>
+    <|endoftext|> <|end_of_text|> </s> <|eom_id|> <EOT> _<EOT> <|EOT|> <|eot|> [e~[
+    <｜end▁of▁sentence｜> <end_of_utterance>
     """.split()  # noqa: SIM905 - easier to read
 )
 _FIM_TEXTS: dict[FimRole, tuple[str, ...]] = {
