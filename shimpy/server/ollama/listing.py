@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shimpy.chat.template import ChatTemplate
 from shimpy.gguf.header import GgufArray, Header, MetadataValue
 from shimpy.registry.model import Model
 from shimpy.server.ollama.wire import format_local_time
 
 # Longer arrays of the metadata are shown empty unless all is asked for; Ollama's own number.
 _MAX_SHOWN_ARRAY = 5
+_THINKING_MARKS = ("enable_thinking", "<think>", "reasoning_content", "[THINK]", "<|channel|>")
 _HIDDEN_KEYS = frozenset({"general.name", "tokenizer.chat_template"})
 
 
@@ -77,22 +79,24 @@ def experts(model: Model) -> dict[str, int]:
     }
 
 
-def capabilities(model: Model) -> list[str]:
-    """Return what a model can do, in Ollama's words."""
+def capabilities(model: Model, template: ChatTemplate | None = None) -> list[str]:
+    """Return what a model can do, in Ollama's words.
+
+    Without the compiled `template`, as in listings of hundreds, its text is searched instead.
+    """
     shape = model.shape
     if shape is None:
         return []
     if shape.is_embedding or shape.is_reranker:
         return ["embedding"]
-    template = shape.chat_template or ""
-    found = ["completion"]
-    if "tools" in template:
-        found.append("tools")
-    if shape.has_fim:
-        found.append("insert")
-    if "thinking" in template or "<think>" in template or "reasoning_content" in template:
-        found.append("thinking")
-    return found
+    source = shape.chat_template or ""
+    if template is not None:
+        has_tools, thinks = template.supports_tools, template.supports_thinking
+    else:
+        has_tools = "tools" in source
+        thinks = any(mark in source for mark in _THINKING_MARKS)
+    found = {"completion": True, "tools": has_tools, "insert": shape.has_fim, "thinking": thinks}
+    return [name for name, is_there in found.items() if is_there]
 
 
 def model_info(model: Model, header: Header, *, verbose: bool) -> dict[str, Any]:

@@ -163,7 +163,7 @@ async def show(request: web.Request) -> web.Response:
             "messages": [],
             "model_info": info,
             "tensors": listing.tensor_rows(header),
-            "capabilities": listing.capabilities(model),
+            "capabilities": listing.capabilities(model, card.template),
             "modified_at": format_local_time(model.modified_s),
             "experts": listing.experts(model),
         }

@@ -162,7 +162,7 @@ class Logprob(msgspec.Struct, omit_defaults=True, kw_only=True):
 class CalledFunction(msgspec.Struct, omit_defaults=True, kw_only=True):
     """The function of a tool call; `arguments` is an object, not text."""
 
-    index: int = 0
+    index: int
     name: str
     arguments: dict[str, Any]
 
