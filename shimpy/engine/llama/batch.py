@@ -26,6 +26,13 @@ class Batch:
         self._seq = np.zeros(n_max, np.int32)
         self._wanted = np.zeros(n_max, np.int8)
         self._n_seq = np.ones(n_max, np.int32)
+        # Single items are written three times as fast through these.
+        self._items = (
+            self._token.data,
+            self._pos.data,
+            self._seq.data,
+            self._wanted.data,
+        )
         # seq_id[i] points to the one sequence of token i.
         start = self._seq.ctypes.data
         self._seq_at = start + self._seq.itemsize * np.arange(n_max, dtype=np.uint64)
@@ -40,40 +47,48 @@ class Batch:
             logits=_as(ctypes.c_int8, self._wanted),
         )
 
-    def fill(self, chunks: Sequence[Chunk], *, n_slots: int, n_outputs_max: int) -> list[int]:
-        """Take the chunks; return the batch index of each that wants logits, in order.
+    def fill(self, chunks: Sequence[Chunk], *, n_slots: int, n_outputs_max: int) -> int:
+        """Take the chunks; return how many of them want logits.
 
         Raises:
             WorkerError: llama.cpp would abort on the batch.
         """
-        token, pos, seq, wanted = self._token, self._pos, self._seq, self._wanted
-        n_tokens = sum(len(chunk.tokens) for chunk in chunks)
-        self._check(n_tokens, [chunk.slot for chunk in chunks], n_slots)
-        wanted[:n_tokens] = 0
-        outputs = []
+        token, pos, seq, wanted = self._items
+        n_max = self.n_max
+        n_outputs = 0
         at = 0
         for chunk in chunks:
-            tokens = chunk.tokens
+            tokens, slot = chunk.tokens, chunk.slot
             n = len(tokens)
+            end = at + n
+            if not n or end > n_max or not 0 <= slot < n_slots:
+                raise self._refusal(chunks, n_slots)
             if n == 1:
                 token[at] = tokens[0]
                 pos[at] = chunk.start
-                seq[at] = chunk.slot
+                seq[at] = slot
+                wanted[at] = 0
             else:
-                token[at : at + n] = tokens
-                pos[at : at + n] = self._steps[:n] + chunk.start
-                seq[at : at + n] = chunk.slot
-            at += n
+                self._fill_run(at, end, chunk)
+            at = end
             if chunk.wants_logits:
                 wanted[at - 1] = 1
-                outputs.append(at - 1)
-        if len(outputs) > n_outputs_max:
+                n_outputs += 1
+        if not at:
+            raise self._refusal(chunks, n_slots)
+        if n_outputs > n_outputs_max:
             raise WorkerError(
-                f"a batch wants logits of {len(outputs)} tokens; the context has room for "
+                f"a batch wants logits of {n_outputs} tokens; the context has room for "
                 f"{n_outputs_max}"
             )
-        self.struct.n_tokens = n_tokens
-        return outputs
+        self.struct.n_tokens = at
+        return n_outputs
+
+    def _fill_run(self, at: int, end: int, chunk: Chunk) -> None:
+        self._token[at:end] = chunk.tokens
+        self._pos[at:end] = self._steps[: end - at] + chunk.start
+        self._seq[at:end] = chunk.slot
+        self._wanted[at:end] = 0
 
     def fill_whole(self, inputs: Sequence[Sequence[int]]) -> None:
         """Take whole texts, each a sequence of its own, all of whose tokens give output."""
@@ -87,11 +102,13 @@ class Batch:
         self._wanted[:at] = 1
         self.struct.n_tokens = at
 
-    def _check(self, n_tokens: int, slots: list[int], n_slots: int) -> None:
-        if not 0 < n_tokens <= self.n_max:
-            raise WorkerError(f"a batch of {n_tokens} tokens; it takes 1 to {self.n_max}")
-        if min(slots) < 0 or max(slots) >= n_slots:
-            raise WorkerError(f"a batch for slots {slots}; there are {n_slots}")
+    def _refusal(self, chunks: Sequence[Chunk], n_slots: int) -> WorkerError:
+        sizes = [len(chunk.tokens) for chunk in chunks]
+        slots = [chunk.slot for chunk in chunks]
+        return WorkerError(
+            f"a batch of {sum(sizes)} tokens in chunks of {sizes} for slots {slots}; it takes 1 to "
+            f"{self.n_max} tokens, one a chunk at least, for slots 0 to {n_slots - 1}"
+        )
 
 
 def _as(kind: Any, array: npt.NDArray[Any]) -> Any:

@@ -65,7 +65,7 @@ class Context:
         self.can_shift: bool = self.can_split and LL.llama_memory_can_shift(self._memory)
         self._n_vocab: int = LL.llama_vocab_n_tokens(model.vocab_handle)
         self._batch = Batch(self.n_batch)
-        self._outputs: list[int] = []
+        self._n_outputs = 0
         self._logits = np.zeros((0, self._n_vocab), np.float32)
         self._logits_at = 0
 
@@ -76,11 +76,11 @@ class Context:
             WorkerError: the batch is one that llama.cpp refuses or would abort on.
         """
         batch = self._batch
-        self._outputs = []
-        outputs = batch.fill(chunks, n_slots=self.n_slots, n_outputs_max=self.n_slots)
+        self._n_outputs = 0
+        n_outputs = batch.fill(chunks, n_slots=self.n_slots, n_outputs_max=self.n_slots)
         status: int = LL.llama_decode(self.handle, batch.struct)
         if status == DecodeStatus.OK:
-            self._take_logits(outputs)
+            self._take_logits(n_outputs)
         elif status < 0:
             reason = "; ".join(LOG.errors(2))
             raise WorkerError(
@@ -94,17 +94,12 @@ class Context:
         Raises:
             WorkerError: there is no such output; llama.cpp would abort.
         """
-        if not 0 <= index < len(self._outputs):
+        if not 0 <= index < self._n_outputs:
             raise WorkerError(
-                f"logits of output {index} were asked for; the last decode gave "
-                f"{len(self._outputs)}"
+                f"logits of output {index} were asked for; the last decode gave {self._n_outputs}"
             )
         row: Row = self._logits[index]
         return row
-
-    def output_token(self, index: int) -> int:
-        """Return the place in the last batch of the token that gave an output."""
-        return self._outputs[index]
 
     def remove(self, slot: int, start: int, end: int) -> bool:
         """Drop the positions [start, end) of a slot; end -1: to its end. False: it can't."""
@@ -150,16 +145,16 @@ class Context:
             LL.llama_free(self.handle)
             self.handle = 0
 
-    def _take_logits(self, outputs: list[int]) -> None:
+    def _take_logits(self, n_outputs: int) -> None:
         # Waits for a GPU, also where no row is wanted: decode's time is the computation's.
-        if not outputs:
+        if not n_outputs:
             LL.llama_synchronize(self.handle)
             return
         address: int = _get_logits(self.handle)
         if address != self._logits_at:
             self._logits = _matrix(address, self.n_slots, self._n_vocab)
             self._logits_at = address
-        self._outputs = outputs
+        self._n_outputs = n_outputs
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.n_slots:

@@ -94,6 +94,7 @@ class Grammar:
         self._vocab = vocab
         self._table = table
         self._handle = handle
+        self._candidates = Candidates()
         # Rules may name tokens, <think> or <[7]>, and then a first byte decides nothing.
         self._has_token_rules = "<" in _LITERAL.sub("", text)
 
@@ -101,9 +102,7 @@ class Grammar:
         """Whether the text may go on with the token; an end token: whether it may end."""
         if self._vocab.is_control(token) and not self._may_name(token):
             return False
-        one = Candidates(np.array([token]), np.zeros(1, np.float32))
-        one.apply(self._handle)
-        return bool(one.logits[0] == 0)
+        return len(self._surviving(np.array([token], np.int32))) == 1
 
     def accept(self, token: int) -> None:
         """Go on with a token that `accepts` said yes to; with others llama.cpp aborts."""
@@ -147,7 +146,8 @@ class Grammar:
     def _surviving(self, ids: Ids) -> Ids:
         if not len(ids):
             return ids
-        candidates = Candidates(ids, np.zeros(len(ids), np.float32))
+        candidates = self._candidates
+        candidates.fill(ids, 0.0)
         candidates.apply(self._handle)
         surviving: Ids = ids[candidates.logits == 0]
         return surviving

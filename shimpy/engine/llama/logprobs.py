@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from shimpy.engine.llama.choosers import likeliest
 from shimpy.engine.llama.vocab import Vocab
 from shimpy.protocol.messages import TokenLogprob
 
@@ -15,9 +16,8 @@ def token_logprob(vocab: Vocab, logits: Row, token: int, n_top: int) -> TokenLog
     """Return the natural log of the token's probability by these logits, and the `n_top` best."""
     peak = logits.max()
     log_sum = peak + np.log(np.exp(logits - peak, dtype=np.float32).sum(dtype=np.float64))
-    n_top = min(n_top, len(logits))
-    best = np.argpartition(logits, -n_top)[-n_top:] if n_top > 0 else np.empty(0, np.int64)
-    best = best[np.argsort(-logits[best], kind="stable")]
+    best = likeliest(logits, min(n_top, len(logits))) if n_top > 0 else np.empty(0, np.int64)
+    best = best[np.argsort(-logits[best], kind="stable")][:n_top]
 
     def entry(one: int) -> TokenLogprob:
         data = vocab.piece(one, special=True)

@@ -58,10 +58,8 @@ class LlamaSampler:
             WorkerError: there is no such output, or the model computes NaN.
         """
         logits = self._context.row(row)
-        if not self._has_edits:
-            token = self._choose(row, logits)
-        else:
-            token = self._choose_edited(row, logits)
+        choose = self._choose_edited if self._has_edits else self._choose
+        token = choose(logits)
         if self._n_logprobs is None:
             return token, None
         return token, token_logprob(self._vocab, logits, token, self._n_logprobs)
@@ -72,13 +70,13 @@ class LlamaSampler:
         if self._grammar is not None:
             self._grammar.close()
 
-    def _choose_edited(self, row: int, logits: Row) -> int:
+    def _choose_edited(self, logits: Row) -> int:
         # First in, last out: a token may have both.
         undo = [self._penalties.apply(logits)]
         if self._bias.is_active:
             undo.append(self._bias.apply(logits))
         try:
-            token = self._choose(row, logits)
+            token = self._choose(logits)
         finally:
             for edit in reversed(undo):
                 if edit is not None:
@@ -87,8 +85,8 @@ class LlamaSampler:
         self._penalties.accept(token)
         return token
 
-    def _choose(self, row: int, logits: Row) -> int:
-        token = self._chooser.choose(self._context, row, logits)
+    def _choose(self, logits: Row) -> int:
+        token = self._chooser.choose(logits)
         grammar = self._grammar
         if grammar is None:
             return token

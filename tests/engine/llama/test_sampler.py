@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shimpy.engine.llama import LlamaBackend
-from shimpy.engine.llama.candidates import Candidates
+from shimpy.engine.llama.candidates import DTYPE, Candidates
+from shimpy.engine.llama.choosers import likeliest
 from shimpy.engine.llama.library import LL
 from shimpy.engine.llama.penalties import Bias, Penalties
 from shimpy.errors import InvalidOptionError, WorkerError
@@ -208,7 +209,8 @@ def test_penalties_are_llama_cpps(
     theirs = LL.llama_sampler_init_penalties(32, n_last, repeat, frequency, presence)
     for token in history:
         LL.llama_sampler_accept(theirs, token)
-    candidates = Candidates(np.arange(32), row)
+    candidates = Candidates()
+    candidates.fill(np.arange(32), row)
     candidates.apply(theirs)
     LL.llama_sampler_free(theirs)
     penalised = row.copy()
@@ -329,6 +331,31 @@ def test_close_may_be_called_again(llama: LlamaBackend) -> None:
 
 def test_bindings_and_struct_agree() -> None:
     """The candidates' rows are llama_token_data's."""
-    assert Candidates(np.array([1]), np.zeros(1, np.float32))._data.itemsize == ctypes.sizeof(
-        LL.llama_token_data
-    )
+    assert DTYPE.itemsize == ctypes.sizeof(LL.llama_token_data)
+
+
+@given(
+    n=st.integers(1, 9000),
+    n_best=st.integers(1, 3000),
+    n_kinds=st.sampled_from([1, 3, 10**6]),
+    seed=st.integers(0, 99),
+)
+def test_the_likeliest_are_found(n: int, n_best: int, n_kinds: int, seed: int) -> None:
+    """Whatever their number and their ties, and few others where they differ."""
+    n_best = min(n_best, n)
+    logits = np.random.default_rng(seed).integers(0, n_kinds, n).astype(np.float32)
+    found = likeliest(logits, n_best)
+    best = np.sort(logits)[-n_best:]
+    np.testing.assert_array_equal(np.sort(logits[found])[-n_best:], best)
+    assert len(set(found.tolist())) == len(found)
+
+
+def test_few_others_are_found() -> None:
+    logits = np.random.default_rng(0).standard_normal(32000).astype(np.float32)
+    assert len(likeliest(logits, 40)) < 60
+    assert len(likeliest(logits, 1024)) < 2048
+
+
+@pytest.mark.parametrize("n", [10, 32000])
+def test_nan_is_never_the_likeliest(n: int) -> None:
+    assert len(likeliest(np.full(n, np.nan, np.float32), 1)) == 0
