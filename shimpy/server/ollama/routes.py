@@ -147,7 +147,7 @@ async def show(request: web.Request) -> web.Response:
     name = parse_model(body.model, body.name)
     model = await find_model(services, name, record_of(request))
     header = await asyncio.to_thread(read_header, model.path)
-    await services.cards.get(model)
+    card = await services.cards.get(model)
     info = listing.model_info(model, header, verbose=bool(body.verbose))
     if request.headers.get(hdrs.USER_AGENT, "").startswith(_COPILOT):
         # Copilot names the model in its picker by this key.
