@@ -59,7 +59,7 @@ class DeviceUse:
     compute_bytes: int
     # The process's own share: a context on the card, and what appears with work.
     overhead_bytes: int
-    # Kept free beside it: what is reserved for others, and what a forecast may be off by.
+    # Kept free beside it: what a forecast may be off by.
     margin_bytes: int = 0
 
     @property

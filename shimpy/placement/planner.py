@@ -36,19 +36,12 @@ from shimpy.placement.defaults import (
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Mode, Plan, PlanOptions, Rung
 from shimpy.placement.reasons import describe_choice, describe_rung, missing_bytes
-from shimpy.placement.search import Margins, Search, Settings, Team, first_with_room
+from shimpy.placement.search import Search, Settings, Team, first_with_room
 
 _NO_OPTIONS = PlanOptions()
-_NO_MARGINS = Margins()
 
 
-def plan_model(
-    shape: ModelShape,
-    hardware: Hardware,
-    options: PlanOptions = _NO_OPTIONS,
-    *,
-    margins: Margins = _NO_MARGINS,
-) -> Plan:
+def plan_model(shape: ModelShape, hardware: Hardware, options: PlanOptions = _NO_OPTIONS) -> Plan:
     """Return the fastest placement of a model that fits, with the ladder of all that was weighed.
 
     Pure, and quick enough to be asked anew for each request: about a millisecond. `chosen` is
@@ -59,7 +52,7 @@ def plan_model(
         InvalidOptionError: an option is out of range, or can't be used with this model.
     """
     check_options(shape, options)
-    search = Search(shape, hardware, options, margins)
+    search = Search(shape, hardware, options)
     rungs: list[Rung] = []
     for rung in _ladder(search):
         why = describe_rung(shape, hardware, rung)

@@ -40,14 +40,6 @@ Team = tuple[Gpu, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Margins:
-    """Memory that is left to other programs, in bytes: per GPU, and of the host."""
-
-    vram_bytes: int = 0
-    ram_bytes: int = 512 * MIB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The settings of a placement that do not say where its layers are."""
 
@@ -59,13 +51,10 @@ class Settings:
 class Search:
     """Builds and weighs rungs; one per plan."""
 
-    def __init__(
-        self, shape: ModelShape, hardware: Hardware, options: PlanOptions, margins: Margins
-    ) -> None:
+    def __init__(self, shape: ModelShape, hardware: Hardware, options: PlanOptions) -> None:
         self.shape = shape
         self.hardware = hardware
         self.options = options
-        self.margins = margins
         self.memory = MemoryModel(shape)
         self.kv_type = options.kv_type or KV_TYPE
         self.teams = _teams(hardware.gpus)
@@ -107,8 +96,7 @@ class Search:
         context = self._context(settings)
         _, use = self._estimate(team, n_gpu_layers, n_cpu_moe, context)
         return all(
-            part.total_bytes + gpu.overhead_bytes + self._margin(part.compute_bytes)
-            <= gpu.free_bytes
+            part.total_bytes + gpu.overhead_bytes + _margin(part.compute_bytes) <= gpu.free_bytes
             for gpu, part in zip(team, use.gpus, strict=True)
         )
 
@@ -141,13 +129,10 @@ class Search:
                 kv_bytes=part.kv_bytes,
                 compute_bytes=part.compute_bytes,
                 overhead_bytes=gpu.overhead_bytes,
-                margin_bytes=self._margin(part.compute_bytes),
+                margin_bytes=_margin(part.compute_bytes),
             )
             for gpu, part in zip(team, use.gpus, strict=True)
         )
-
-    def _margin(self, compute_bytes: int) -> int:
-        return self.margins.vram_bytes + SAFETY_BYTES + compute_bytes // _COMPUTE_SAFETY
 
     def _host_use(
         self, team: Team, devices: tuple[DeviceUse, ...], use: MemoryUse, settings: Settings
@@ -158,7 +143,7 @@ class Search:
         )
         process = PROCESS_BYTES + (GPU_PROCESS_BYTES if team else 0)
         logits = 0 if self.shape.is_embedding else self.shape.n_vocab * _F32 * settings.n_slots
-        margin = self.margins.ram_bytes + SAFETY_BYTES
+        margin = SAFETY_BYTES
         if locked:
             margin += host.total_bytes // _LOCKED_SLACK
         return HostUse(
@@ -187,10 +172,14 @@ class Search:
         equal = Layout(n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe, split=(1.0,) * len(team))
         buffers = [use.compute_bytes for use in self.memory.estimate(equal, context).gpus]
         room = [
-            max(0, gpu.free_bytes - gpu.overhead_bytes - compute - self._margin(compute))
+            max(0, gpu.free_bytes - gpu.overhead_bytes - compute - _margin(compute))
             for gpu, compute in zip(team, buffers, strict=True)
         ]
         return _share_out(sizes, room)
+
+
+def _margin(compute_bytes: int) -> int:
+    return SAFETY_BYTES + compute_bytes // _COMPUTE_SAFETY
 
 
 def first_with_room(counts: range, has_room: Callable[[int], bool]) -> int | None:
