@@ -40,8 +40,10 @@ WORDS = [
 ]
 FIRST_WORD = 262
 N_VOCAB = FIRST_WORD + len(WORDS)
+# What it answers with.
+ANSWER = [CONTROL, *range(FIRST_WORD, N_VOCAB)]
 # One sampled token in so many ends the text.
-EOS_EVERY = 24
+EOS_EVERY = 40
 
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, CONTROL_TEXTS.values())) + ")")
 _IDS = {text: token for token, text in CONTROL_TEXTS.items()}
@@ -167,8 +169,12 @@ class FakeBackend:
 
     def _state(self, slot: int) -> int:
         kv = self._kv[slot]
-        _demand(sorted(kv) == list(range(len(kv))), f"slot {slot} has gaps")
-        return hash(tuple((position, kv[position].token) for position in sorted(kv)))
+        _demand(max(kv) == len(kv) - 1, f"slot {slot} has gaps")
+        return hash(tuple((position, kv[position].token) for position in range(len(kv))))
+
+    def see(self, tokens: Sequence[int]) -> None:
+        """Make row 0 what it is after a decode of these tokens."""
+        self._rows = [hash(tuple(enumerate(tokens)))]
 
     def content(self, slot: int) -> list[int]:
         """The tokens that a slot's KV holds."""
@@ -255,10 +261,10 @@ class FakeSampler:
         _demand(not self._is_closed, "a sampler is used after its end")
         self._n_sampled += 1
         if self._sampling.grammar == "explode" and self._n_sampled == 3:
-            raise ArithmeticError("no token is left")
+            raise WorkerError("no token is left")
         key = (self._backend.row(row), self._sampling.seed or 0, tuple(self._history))
         draw = _digest(hash(key))
-        token = EOS if draw % EOS_EVERY == 0 else FIRST_WORD + draw // EOS_EVERY % len(WORDS)
+        token = EOS if draw % EOS_EVERY == 0 else ANSWER[draw // EOS_EVERY % len(ANSWER)]
         if self._sampling.logit_bias.get(token) == float("-inf"):
             token = FIRST_WORD
         self._history.append(token)

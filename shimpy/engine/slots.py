@@ -246,7 +246,6 @@ class Slots:
             slot.n_exact = _ALL
             if slot.sequence is not None:
                 slot.sequence.n_kv = 0
-                slot.sequence.leader = None
 
     # --- room ---
 

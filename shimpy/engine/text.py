@@ -60,7 +60,9 @@ class TextStream:
         return self._show(self._decode(data))
 
     def finish(self) -> str:
-        """Return what was held back, at the end of a text that no stop string ended."""
+        """Return what was held back, at the end of the text; nothing after a stop string."""
+        if self.stop is not None:
+            return ""
         text = self._show(self._decode(b"", final=True))
         if self.stop is not None:
             return text

@@ -119,11 +119,3 @@ class Rig:
                 return
             self.step()
         raise AssertionError("the engine does not come to an end")
-
-
-def run_alone(submit: Submit, **shape: Any) -> Told:
-    """What a request is told by a fresh engine that does nothing else."""
-    rig = Rig(FakeBackend(**shape))
-    rig.send(submit)
-    rig.finish()
-    return rig.told[submit.request]

@@ -9,19 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shimpy.engine.text import Attached, TextStream
+from tests.engine.reference import first_stop
 
 # Few letters, so that stop strings overlap, repeat and span tokens all the time.
 letters = st.text(alphabet="ab日🙂", max_size=24)
 stop_lists = st.lists(st.text(alphabet="ab日", min_size=1, max_size=5), max_size=5)
-
-
-def oracle(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """Read character by character; at the first end of a stop string cut the longest one."""
-    for end in range(1, len(text) + 1):
-        for start in range(end):
-            if text[start:end] in stops:
-                return text[:start], text[start:end]
-    return text, None
 
 
 def cut_up(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -45,7 +37,7 @@ def test_the_text_is_the_oracles_however_it_is_cut(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
     shown, stop = run(cut_up(text.encode(), cuts), stops)
-    assert ("".join(shown), stop) == oracle(text, stops)
+    assert ("".join(shown), stop) == first_stop(text, stops)
 
 
 @given(letters, stop_lists, st.lists(st.integers(0, 200), max_size=12))
@@ -53,7 +45,7 @@ def test_no_part_of_a_stop_string_is_ever_shown(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
     """What was shown at any moment is a beginning of the final text: nothing is taken back."""
-    final, _ = oracle(text, stops)
+    final, _ = first_stop(text, stops)
     so_far = ""
     stream = TextStream(stops)
     for piece in cut_up(text.encode(), cuts):
