@@ -98,7 +98,7 @@ def _whole_rungs(search: Search) -> Iterator[Rung]:
     some = _some_experts_rung(search, search.moe_layers[n_least - 1] + 1)
     if some is not None and some.placement.n_cpu_moe <= search.moe_layers[-1]:
         yield some
-        roomier = None if whole.fits else _roomier_rung(search, some)
+        roomier = _roomier_rung(search, some) if some.fits and not whole.fits else None
         if roomier is not None:
             yield roomier
     yield _fixed_rung(search, search.shape.n_layer)
@@ -128,18 +128,19 @@ def _fixed_rung(search: Search, n_cpu_moe: int) -> Rung:
 
 
 def _some_experts_rung(search: Search, n_least: int) -> Rung | None:
-    """Return the rung with the fewest experts in RAM that fits; None: not even with all."""
+    """Return the rung with the fewest experts in RAM; None: even with all, a GPU lacks room."""
     counts = range(n_least, search.moe_layers[-1] + 2)
+    tried: list[Rung] = []
     for settings in _settings(search, _streamings(search, streams=True), n_ctx_most=N_CTX_EXPERTS):
         found = _counts_with_room(search, settings, counts, n_gpu_layers=search.n_all)
         if not found:
             continue
         # Fewest experts in RAM; as many with fewer GPUs are as good.
         n_cpu_moe, team = min(found, key=itemgetter(0))
-        rung = _weigh_experts(search, team, settings, n_cpu_moe)
-        if rung.fits:
-            return rung
-    return None
+        tried.append(_weigh_experts(search, team, settings, n_cpu_moe))
+        if tried[-1].fits:
+            break
+    return _best_of(iter(tried)) if tried else None
 
 
 def _counts_with_room(

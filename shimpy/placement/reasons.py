@@ -12,13 +12,13 @@ from shimpy.units import format_bytes
 
 def describe_rung(shape: ModelShape, hardware: Hardware, rung: Rung) -> str:
     """Return what speaks for a rung that fits, or what one that does not lacks."""
-    lacks = _lacks(hardware, rung)
+    what, lacks = describe_layout(shape, rung.placement), describe_lack(hardware, rung)
     if lacks:
-        return f"{_what(shape, rung)}: {lacks}"
+        return f"{what}: {lacks}"
     if rung.placement.mode == "cpu":
         why = "mapped" if not rung.host.locked else "in private memory, as asked for"
-        return f"{_what(shape, rung)}: {format_bytes(rung.host.total_bytes)} of RAM, {why}"
-    parts = [_what(shape, rung), *(_taken(device) for device in rung.devices)]
+        return f"{what}: {format_bytes(rung.host.total_bytes)} of RAM, {why}"
+    parts = [what, *(_taken(device) for device in rung.devices)]
     if rung.placement.mode != "gpu":
         parts.append(_streamed(hardware, rung))
     return "; ".join(parts)
@@ -52,9 +52,8 @@ def exceeds_lock_limit(hardware: Hardware, placement: Placement, host: HostUse) 
     )
 
 
-def _what(shape: ModelShape, rung: Rung) -> str:
-    """Return the placement in a few words."""
-    placement = rung.placement
+def describe_layout(shape: ModelShape, placement: Placement) -> str:
+    """Return where the layers and experts of a placement are, in a few words."""
     n_moe = len(shape.moe_layers)
     gpus = " and ".join(placement.devices)
     if placement.tensor_split:
@@ -103,7 +102,7 @@ def _streamed(hardware: Hardware, rung: Rung) -> str:
     )
 
 
-def _lacks(hardware: Hardware, rung: Rung) -> str:
+def describe_lack(hardware: Hardware, rung: Rung) -> str:
     """Return which devices lack how many bytes; empty: none does."""
     parts = [
         f"{device.name} lacks {format_bytes(device.missing_bytes)} "

@@ -1,0 +1,178 @@
+"""`shimpy plan`: explain where a model would be placed, without loading anything.
+
+Needs no daemon: the model's header and a snapshot of the machine, or a supposed one, are all
+that a plan is made from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shimpy.cli.options import config_option, json_option
+from shimpy.errors import InvalidOptionError
+from shimpy.units import parse_bytes
+
+if TYPE_CHECKING:
+    from shimpy.config import Config
+    from shimpy.gguf.arch import ModelShape
+    from shimpy.placement.explain import PlanReport
+    from shimpy.placement.hardware import Hardware
+    from shimpy.placement.placement import CpuMoe, PlanOptions, Rung
+
+_CPU_MOE = ("auto", "on", "off")
+_KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+
+def _parse_size(_ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Return bytes for a size like 8GiB, or for several."""
+    if value is None:
+        return None
+    try:
+        return tuple(parse_bytes(text) for text in value) if param.multiple else parse_bytes(value)
+    except InvalidOptionError as error:
+        raise click.BadParameter(error.message) from error
+
+
+def _parse_cpu_moe(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+    """Return auto, on, off, or a number of layers."""
+    if value is None or value.lower() in _CPU_MOE:
+        return value and value.lower()
+    if value.isdecimal():
+        return int(value)
+    raise click.BadParameter(f'"{value}" is none of auto, on, off, or a number of layers')
+
+
+@click.command(name="plan")
+@click.argument("model")
+@click.option(
+    "--vram",
+    callback=_parse_size,
+    multiple=True,
+    metavar="SIZE",
+    help="Suppose a card with so much free memory; repeat it for several, 0 for none.",
+)
+@click.option("--ram", callback=_parse_size, metavar="SIZE", help="Suppose so much free RAM.")
+@click.option("--n-ctx", type=int, metavar="N", help="Context in tokens, shared by all slots.")
+@click.option("--slots", type=int, metavar="N", help="Requests that are served at once.")
+@click.option(
+    "--cpu-moe",
+    callback=_parse_cpu_moe,
+    metavar="auto|on|off|N",
+    help="Experts in RAM: by free memory, all, none, or those of the first N layers.",
+)
+@click.option("--kv-type", type=click.Choice(_KV_TYPES), help="Type of the KV cache.")
+@config_option
+@json_option
+def command(
+    *,
+    model: str,
+    vram: tuple[int, ...],
+    ram: int | None,
+    n_ctx: int | None,
+    slots: int | None,
+    cpu_moe: CpuMoe | None,
+    kv_type: Any,
+    config_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Explain where MODEL, a name or a .gguf file, would be placed, and why.
+
+    Nothing is loaded. Without --vram and --ram the plan is for this machine as it is now.
+    """
+    from shimpy.cli.output import print_json
+    from shimpy.config import load_config
+    from shimpy.placement.explain import plan_report, plan_to_json
+
+    config = load_config(file=config_file).config
+    name, shape = find_model(model, config)
+    options = plan_options(config, n_ctx=n_ctx, n_slots=slots, cpu_moe=cpu_moe, kv_type=kv_type)
+    report = plan_report(name, shape, find_hardware(config, vram=vram, ram=ram), options)
+    if as_json:
+        print_json(plan_to_json(report))
+    else:
+        print_report(report)
+
+
+def find_model(text: str, config: Config) -> tuple[str, ModelShape]:
+    """Return the name and the shape of a model, given as a name or as a path to its file.
+
+    Raises:
+        NotFoundError, InvalidNameError: there is no such model.
+        GgufError: its file is broken.
+    """
+    path = Path(text).expanduser()
+    if path.suffix.lower() == ".gguf":
+        from shimpy.gguf.arch import describe_model
+        from shimpy.gguf.reader import read_header
+
+        return path.name, describe_model(read_header(path))
+    from shimpy.registry.registry import Registry
+
+    registry = Registry(config.model_dirs, index_path=config.state_dir / "index.sqlite")
+    registry.refresh()
+    model = registry.resolve(text)
+    assert model.shape is not None, "resolve returns only models that can be used"
+    return str(model.name), model.shape
+
+
+def plan_options(
+    config: Config, *, n_ctx: int | None, n_slots: int | None, cpu_moe: CpuMoe | None, kv_type: Any
+) -> PlanOptions:
+    """Return the options that the daemon would plan with, but for those given here."""
+    from shimpy.placement.placement import PlanOptions
+
+    configured = config.cpu_moe if config.n_cpu_moe is None else config.n_cpu_moe
+    return PlanOptions(
+        n_ctx=config.n_ctx if n_ctx is None else n_ctx,
+        n_slots=config.n_slots if n_slots is None else n_slots,
+        kv_type=config.kv_type if kv_type is None else kv_type,
+        cpu_moe=configured if cpu_moe is None else cpu_moe,
+    )
+
+
+def find_hardware(config: Config, *, vram: tuple[int, ...], ram: int | None) -> Hardware:
+    """Return this machine, or the supposed one; `--vram 0` supposes no card."""
+    from shimpy.placement.hardware import suppose
+
+    cards = [size for size in vram if size] if vram else None
+    actual = None
+    if cards is None or ram is None:
+        from shimpy.placement.probe import probe_hardware
+
+        actual = probe_hardware(reserve_vram=config.reserve_vram, reserve_ram=config.reserve_ram)
+    return suppose(actual, vram_bytes=cards, ram_bytes=ram)
+
+
+def print_report(report: PlanReport) -> None:
+    """Print the choice, its figures and the ladder of alternatives."""
+    from shimpy.cli.output import print_table
+    from shimpy.placement.explain import plan_lines
+
+    for line in plan_lines(report):
+        click.echo(line)
+    click.echo()
+    rows = [_row(report, rung) for rung in report.plan.ladder]
+    print_table(("", "PLACEMENT", "VRAM", "RAM", "CONTEXT", "BATCH", "WEIGHTS IN RAM"), rows)
+
+
+def _row(report: PlanReport, rung: Rung) -> tuple[str, ...]:
+    from shimpy.placement.reasons import describe_lack, describe_layout
+    from shimpy.units import format_bytes
+
+    placement = rung.placement
+    mark = "*" if rung is report.plan.chosen else "" if rung.fits else "x"
+    what = describe_layout(report.shape, placement)
+    lack = describe_lack(report.hardware, rung)
+    vram = sum(device.total_bytes for device in rung.devices)
+    return (
+        mark,
+        f"{what} ({lack})" if lack else what,
+        format_bytes(vram) if rung.devices else "-",
+        format_bytes(rung.host.total_bytes),
+        f"{placement.n_ctx}/{placement.n_slots}",
+        str(placement.n_ubatch),
+        "page-locked" if rung.host.locked else "mapped",
+    )
