@@ -1,0 +1,76 @@
+"""A real daemon in a process of its own, on a free port, over a folder of models."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+READY_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A running daemon: where it listens, its process, and the environment for its clients."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    env: dict[str, str]
+    log: Path
+
+    def shimpy(
+        self, *args: str, stdin: str = "", timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a client command against this daemon."""
+        return subprocess.run(
+            [sys.executable, "-m", "shimpy", *args],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env=self.env,
+        )
+
+
+@contextlib.contextmanager
+def running_daemon(home: Path, models: Path, *flags: str) -> Iterator[Daemon]:
+    """Start `shimpy serve` and wait for its READY; end it by SIGTERM.
+
+    Workers use one thread: two would spin against each other on a busy machine.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SHIMPY_")}
+    env |= {"SHIMPY_HOME": str(home), "SHIMPY_N_THREADS": "1"}
+    log = home / "serve.log"
+    bind = ["--bind", "127.0.0.1:0"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("wb") as output:
+        address = home / "notify"
+        address.unlink(missing_ok=True)
+        ready.bind(str(address))
+        ready.settimeout(READY_TIMEOUT_S)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shimpy", "serve", *bind, "--model-dirs", str(models), *flags],
+            env={**env, "NOTIFY_SOCKET": str(address)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            state = ready.recv(4096).decode()
+            url = re.search(r"http://\S+", state)
+            assert "READY=1" in state, state
+            assert url is not None, state
+            yield Daemon(url[0], process, {**env, "SHIMPY_HOST": url[0]}, log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            finally:
+                process.kill()
