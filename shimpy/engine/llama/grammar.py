@@ -43,28 +43,23 @@ class PieceTable:
 
     def __init__(self, vocab: Vocab) -> None:
         """Read every piece: about 1 us a token."""
-        first = np.full(vocab.n_tokens, -1, np.int16)
-        self.single = np.full(_BYTES, -1, np.int32)
-        ends = []
-        for token in range(vocab.n_tokens):
-            attributes = vocab.attributes(token)
-            if attributes != ATTR_NORMAL:
-                if vocab.is_eog(token):
-                    ends.append(token)
-                    continue
-                if vocab.is_control(token):
-                    continue
-            piece = vocab.piece(token, special=True)
-            if piece:
-                first[token] = piece[0]
-                if len(piece) == 1:
-                    self.single[piece[0]] = token
+        first, sizes = vocab.first_bytes()
+        odd = np.flatnonzero(vocab.all_attributes() != ATTR_NORMAL)
+        ends = [token for token in odd.tolist() if vocab.is_eog(token)]
+        control = [token for token in odd.tolist() if vocab.is_control(token)]
+        # In no group: end tokens are asked for by themselves, the others never.
+        sizes[ends + control] = 0
+        group = np.where(sizes > 0, first.astype(np.int16), -1)
+        order = np.argsort(group, kind="stable").astype(np.int32)
+        bounds = np.searchsorted(group[order], np.arange(_BYTES + 1))
         self.ends: Ids = np.array(ends, np.int32)
-        order = np.argsort(first, kind="stable").astype(np.int32)
-        bounds = np.searchsorted(first[order], np.arange(_BYTES + 1))
         self.starting_with = [
             order[start:stop] for start, stop in itertools.pairwise(bounds.tolist())
         ]
+        # The token of each byte alone; -1: there is none.
+        self.single = np.full(_BYTES, -1, np.int32)
+        alone = np.flatnonzero(sizes == 1)
+        self.single[first[alone]] = alone
 
 
 class GrammarMaker:

@@ -10,6 +10,7 @@ import ctypes
 import re
 
 import numpy as np
+import numpy.typing as npt
 
 from shimpy.engine.backend import FimRole
 from shimpy.engine.llama.library import LL, Pointer, bind_quick
@@ -31,15 +32,22 @@ _WORD_END = re.compile(r"(?<=\w)(?!\w)")
 _PIECE_BYTES = 128
 
 _tokenize = LL.llama_tokenize
+_PIECE_REST = (ctypes.c_int32, ctypes.c_int32, ctypes.c_bool)
 _to_piece = bind_quick(
     "llama_token_to_piece",
     ctypes.c_int32,
     ctypes.c_void_p,
     ctypes.c_int32,
     ctypes.c_char_p,
+    *_PIECE_REST,
+)
+_to_piece_at = bind_quick(
+    "llama_token_to_piece",
     ctypes.c_int32,
+    ctypes.c_void_p,
     ctypes.c_int32,
-    ctypes.c_bool,
+    ctypes.c_void_p,
+    *_PIECE_REST,
 )
 _is_eog = bind_quick("llama_vocab_is_eog", ctypes.c_bool, ctypes.c_void_p, ctypes.c_int32)
 _get_attr = bind_quick("llama_vocab_get_attr", ctypes.c_int, ctypes.c_void_p, ctypes.c_int32)
@@ -130,17 +138,35 @@ class Vocab:
                 return buffer.raw[:n]
             size = -n
 
+    def first_bytes(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+        """Return the first byte of every token's piece, control tokens shown, and its length."""
+        # Most pieces fit; only the first byte of the others is missing then.
+        room = 16
+        pieces = np.zeros((self.n_tokens, room), np.uint8)
+        start = pieces.ctypes.data
+        handle = self.handle
+        sizes = np.array(
+            [
+                _to_piece_at(handle, token, start + room * token, room, 0, True)  # noqa: FBT003
+                for token in range(self.n_tokens)
+            ],
+            np.int32,
+        )
+        for token in np.flatnonzero(sizes < 0).tolist():
+            pieces[token, 0] = self._read_piece(token, special=True)[0]
+        return pieces[:, 0].copy(), np.abs(sizes)
+
+    def all_attributes(self) -> npt.NDArray[np.int32]:
+        """Return the llama_token_attr bits of every token."""
+        return np.array([_get_attr(self.handle, t) for t in range(self.n_tokens)], np.int32)
+
     def is_eog(self, token: int) -> bool:
         """Whether the token ends a generation."""
         return bool(_is_eog(self.handle, token))
 
     def is_control(self, token: int) -> bool:
         """Whether the token stands for no text; the token must exist."""
-        return bool(self.attributes(token) & _ATTR_CONTROL)
-
-    def attributes(self, token: int) -> int:
-        """Return llama.cpp's llama_token_attr bits; the token must exist."""
-        return int(_get_attr(self.handle, token))
+        return bool(_get_attr(self.handle, token) & _ATTR_CONTROL)
 
 
 def split_long_runs(text: str) -> list[str]:

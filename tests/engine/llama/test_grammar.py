@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from shimpy.engine.llama import LlamaBackend
-from shimpy.engine.llama.grammar import Grammar, GrammarMaker
+from shimpy.engine.llama.grammar import Grammar, GrammarMaker, PieceTable
 from shimpy.errors import InvalidOptionError
 from shimpy.protocol.messages import Sampling
 from tests.engine.llama.running import generate, generate_ids, loaded, prefill, prompt_ids, text_of
-from tests.synthetic import write_llama
+from tests.synthetic import write_chain, write_llama
 
 JSON = r"""
 root   ::= object
@@ -193,3 +193,20 @@ def test_a_large_vocabulary_is_followed_too(tmp_path: Path) -> None:
         for options in KINDS.values():
             sampling = Sampling(grammar=ITEM, **options)  # type: ignore[arg-type]
             json.loads(generate(backend, "Hello", sampling, n=100))
+
+
+def test_pieces_of_any_length_are_known(tmp_path: Path) -> None:
+    """A mask that lost the long ones would change what the chain says."""
+    text = "An internationalisation-of-everything-and-more goes on"
+    with loaded(write_chain(tmp_path / "long.gguf", text)) as backend:
+        # Bans the token of the prompt's answer at first: the grammar looks for it itself.
+        first = generate_ids(backend, "Hello", n=1)[0]
+        sampling = Sampling(temperature=0, grammar='root ::= "An" .*', logit_bias={first: -1e6})
+        assert generate(backend, "Hello", sampling, n=20).startswith("An")
+        table = PieceTable(backend._vocab)
+        for token in range(backend.n_vocab):
+            piece = backend.piece(token, special=True)
+            is_text = not (backend._vocab.is_control(token) or backend.is_eog(token))
+            grouped = [byte for byte in range(256) if token in table.starting_with[byte]]
+            assert grouped == ([piece[0]] if is_text else [])
+        assert max(len(backend.piece(t, special=True)) for t in range(backend.n_vocab)) > 40
