@@ -34,6 +34,7 @@ from shimpy.server.ollama.wire import (
     format_local_time,
     to_ns,
 )
+from shimpy.server.planning import plan_model
 from shimpy.server.record import record_of
 from shimpy.server.requests import ChatPrompt, GenerationRequest, PlainPrompt
 from shimpy.server.services import services_of
@@ -166,6 +167,7 @@ async def show(request: web.Request) -> web.Response:
             "capabilities": listing.capabilities(model, card.template),
             "modified_at": format_local_time(model.modified_s),
             "experts": listing.experts(model),
+            "plan": await plan_model(services, model),
         }
     )
 

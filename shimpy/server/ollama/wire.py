@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -131,20 +131,6 @@ class ShowBody(msgspec.Struct):
     model: str | None = None
     name: str | None = None
     verbose: bool | None = None
-
-
-class PlanBody(msgspec.Struct):
-    """POST /api/plan: where a model would go; sizes are bytes or text such as "24GiB"."""
-
-    model: str | None = None
-    name: str | None = None
-    # One supposed GPU each; empty: none. Left out: this machine's.
-    vram: list[int | str] | None = None
-    ram: int | str | None = None
-    n_ctx: int | None = None
-    n_slots: int | None = None
-    cpu_moe: Literal["auto", "on", "off"] | int | None = None
-    kv_type: str | None = None
 
 
 # --- answers ----------------------------------------------------------------------------------

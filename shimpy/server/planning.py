@@ -1,0 +1,43 @@
+"""Where a model would be placed, on this machine as it is now or on a supposed one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shimpy.placement.explain import plan_report, plan_to_json
+from shimpy.placement.hardware import suppose
+from shimpy.placement.placement import PlanOptions
+from shimpy.registry.model import Model
+from shimpy.scheduler.scheduler import with_defaults
+from shimpy.server.services import Services
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Supposition:
+    """What is to be other than on this machine; None: nothing."""
+
+    # Free bytes of each card; empty: no card.
+    vram_bytes: Sequence[int] | None = None
+    ram_bytes: int | None = None
+    options: PlanOptions = field(default_factory=PlanOptions)
+
+
+async def plan_model(
+    services: Services, model: Model, supposed: Supposition | None = None
+) -> dict[str, Any] | None:
+    """Return the JSON of a model's plan; None where its shape is not known.
+
+    Raises:
+        InvalidOptionError: an option can't be used with this model.
+        WorkerError: the machine can't be asked for its devices.
+    """
+    if model.shape is None:
+        return None
+    wish = supposed or Supposition()
+    actual = await asyncio.to_thread(services.machine.probe)
+    hardware = suppose(actual, vram_bytes=wish.vram_bytes, ram_bytes=wish.ram_bytes)
+    options = with_defaults(wish.options, services.config)
+    return plan_to_json(plan_report(str(model.name), model.shape, hardware, options))
