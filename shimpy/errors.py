@@ -10,8 +10,10 @@
     ├── CapacityError           not now, or not on this machine
     │   ├── DoesNotFitError         no placement fits
     │   ├── QueueFullError          too many are waiting
+    │   ├── DiskFullError           no room on the disk
     │   └── StoppingError           the daemon is going down and takes nothing new
     ├── RegistryError           something stored is wrong
+    │   ├── StoreLockedError        another daemon owns the store
     │   └── GgufError               a file is not a GGUF model that can be read
     ├── WorkerError             a worker failed
     │   ├── LoadError               llama.cpp could not load the model
@@ -108,6 +110,12 @@ class QueueFullError(CapacityError):
         self.retry_after_s = retry_after_s
 
 
+class DiskFullError(CapacityError):
+    """There is no room on the disk for what was to be written; nothing that was there is lost."""
+
+    code = "disk_full"
+
+
 class StoppingError(CapacityError):
     """The daemon is going down and takes nothing new."""
 
@@ -122,6 +130,12 @@ class RegistryError(ShimpyError):
     """Something in a model folder or in the store is wrong."""
 
     code = "registry"
+
+
+class StoreLockedError(RegistryError):
+    """Another process owns the store; the message names it."""
+
+    code = "store_locked"
 
 
 class GgufError(RegistryError):
