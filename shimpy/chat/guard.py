@@ -60,7 +60,7 @@ class ControlTokens:
             (start, start + length)
             for start in (match.start() for match in self._first.finditer(text))
             for length in self._lengths[text[start]]
-            if text[start : start + length] in self._tokens
+            if start + length <= len(text) and text[start : start + length] in self._tokens
         ]
 
     def find_edges(self, text: str) -> Iterable[int]:
