@@ -123,7 +123,7 @@ def find_end(syntax: ToolSyntax, text: str) -> EndFinder | None:
             return JsonEnd()
         case "deepseek" | "kimi" | "gemma" | "invoke":
             return MarkEnd(syntax, lambda _: True)
-        case "tags" if syntax.opener.endswith("="):
+        case "function":
             return MarkEnd(syntax, _is_function)
         case "tags" | "named" | "python" if not start:
             return None

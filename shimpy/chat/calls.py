@@ -105,9 +105,17 @@ def _parse_tags(body: str, specs: Specs) -> list[Call]:
     name, mark, pairs = body.partition("<arg_key>")
     name = name.strip()
     found = _pairs(mark + pairs, _GLM_ARGUMENT, "</arg_value>")
-    if not name or any(c.isspace() or c in "<>" for c in name) or bool(pairs) != bool(found):
+    if any(c.isspace() or c in "<>" for c in name) or bool(pairs) != bool(found):
+        return []
+    if not found and name not in specs:
+        # A word between the tags is not yet a call.
         return []
     return [(name, _typed(found, specs.get(name)))]
+
+
+def _parse_function_body(body: str, specs: Specs) -> list[Call]:
+    """What follows `<function=`, where the tag round it was left away."""
+    return [_parse_function(body, specs)]
 
 
 def _parse_function(body: str, specs: Specs) -> Call:
@@ -176,7 +184,7 @@ def _parse_named(body: str, specs: Specs) -> list[Call]:
     if body.lstrip().startswith(("[", "{")):
         return parse_json_calls(body, specs)
     name, brace, rest = body.partition("{")
-    return [_checked(name.partition("[")[0], brace + rest)]
+    return [_checked(name.partition("[")[0], brace + rest)] if brace else []
 
 
 def _parse_deepseek(body: str, _specs: Specs) -> list[Call]:
@@ -232,6 +240,7 @@ def _as_json(match: re.Match[str]) -> str:
 _PARSERS = {
     "json": parse_json_calls,
     "tags": _parse_tags,
+    "function": _parse_function_body,
     "named": _parse_named,
     "deepseek": _parse_deepseek,
     "kimi": _parse_kimi,

@@ -8,7 +8,9 @@ from typing import Literal
 from shimpy.chat.template import ChatTemplate
 
 # How the text between a call's opener and closer is written; see calls.py.
-BodyKind = Literal["json", "tags", "named", "deepseek", "kimi", "gemma", "invoke", "python"]
+BodyKind = Literal[
+    "json", "tags", "function", "named", "deepseek", "kimi", "gemma", "invoke", "python"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class CallFrame:
 # Hermes and Qwen write JSON in these tags, Qwen Coder and GLM tags; the body tells which.
 HERMES = ToolSyntax(name="hermes", opener="<tool_call>", closer="</tool_call>", body="tags")
 # Qwen Coder and Llama 3 at times leave the outer tag away.
-FUNCTION = ToolSyntax(name="function", opener="<function=", closer="</function>", body="tags")
+FUNCTION = ToolSyntax(name="function", opener="<function=", closer="</function>", body="function")
 MISTRAL = ToolSyntax(name="mistral", opener="[TOOL_CALLS]", body="named")
 GRANITE = ToolSyntax(name="granite", opener="<|tool_call|>", closer="<|/tool_call|>")
 PYTHON_TAG = ToolSyntax(name="llama3", opener="<|python_tag|>", body="python")

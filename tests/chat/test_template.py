@@ -374,12 +374,17 @@ def test_without_a_template_the_vocabulary_or_the_name_tells(
         ("vicuna", "S\n\nUSER: U\n\nASSISTANT: A\n\nUSER: V\n\nASSISTANT:"),
         (
             "zephyr",
-            "<|system|>\nS</s>\n<|user|>\nU</s>\n<|assistant|>\nA</s>\n"
-            "<|user|>\nV</s>\n<|assistant|>\n",
+            (
+                "<|system|>\nS</s>\n<|user|>\nU</s>\n<|assistant|>\nA</s>\n"
+                "<|user|>\nV</s>\n<|assistant|>\n"
+            ),
         ),
         (
             "alpaca",
-            "S\n\n### Instruction:\nU\n\n### Response:\nA\n\n### Instruction:\nV\n\n### Response:\n",
+            (
+                "S\n\n### Instruction:\nU\n\n### Response:\nA\n\n### Instruction:\nV\n\n"
+                "### Response:\n"
+            ),
         ),
         ("base", "S\n\nUser: U\n\nAssistant: A\n\nUser: V\n\nAssistant:"),
     ],
