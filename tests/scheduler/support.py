@@ -68,9 +68,9 @@ def make_model(
 
 
 def make_hardware(
-    *, vram_mib: int | None = None, ram_mib: int = 10_000, n_cores: int = 4
+    *, vram_mib: int | None = None, ram_mib: int = 10_000, n_cores: int = 4, others_mib: int = 0
 ) -> Hardware:
-    """A machine whose memory is all free: with one GPU, or none."""
+    """A machine with so much free memory, and with as much more that other programs hold."""
     gpus = ()
     if vram_mib is not None:
         gpu = Gpu(
@@ -78,12 +78,12 @@ def make_hardware(
             description="test",
             backend="test",
             free_bytes=vram_mib * MIB,
-            total_bytes=vram_mib * MIB,
+            total_bytes=(vram_mib + others_mib) * MIB,
             overhead_bytes=0,
         )
         gpus = (gpu,)
     host = Host(
-        total_bytes=ram_mib * MIB,
+        total_bytes=(ram_mib + others_mib) * MIB,
         available_bytes=ram_mib * MIB,
         lockable_bytes=None,
         n_cores=n_cores,
