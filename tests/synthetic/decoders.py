@@ -133,16 +133,15 @@ PRESETS: Mapping[str, Decoder] = MappingProxyType(
         "qwen3moe": _QWEN3MOE,
         # 0.21 billion parameters.
         "dense-200m": _DENSE_200M,
-        # 0.29 billion, of which 0.14 work on a token.
+        # 0.31 billion, of which 0.16 work on a token.
         "moe-300m": replace(
             _DENSE_200M,
             name="synthetic moe-300m",
             n_layer=6,
             n_ff=1024,
-            n_expert=16,
+            n_expert=12,
             n_expert_used=4,
             n_expert_ff=1024,
-            n_vocab=32000,
         ),
         # 8.15 billion parameters, 5.3 GB; the whole shape: 16.38 billion, 10.9 GB.
         "deepseek-8b": replace(_DEEPSEEK_16B, name="synthetic deepseek-moe-8b", n_layer=14),

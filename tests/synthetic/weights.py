@@ -103,6 +103,10 @@ class Weights:
             return values.view(np.uint8).reshape(n_blocks, -1)
         size = gguf.GGML_QUANT_SIZES[kind][1]
         blocks = self._rng.integers(0, 256, (n_blocks, size), dtype=np.uint8)
+        if kind == GgmlType.Q4_0:
+            # Of 0 to 15 less 8, the 0 would pull the mean below zero and all rows together.
+            low, high = self._rng.integers(1, 16, (2, n_blocks, size - 2), dtype=np.uint8)
+            blocks[:, 2:] = low | high << 4
         _set_scale(blocks, kind, 1.0)
         sample = gguf.quants.dequantize(blocks[:4096].reshape(-1), kind)
         _set_scale(blocks, kind, std / float(sample.std()))
