@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shimpy.cli.options import config_option, json_option
-from shimpy.errors import InvalidOptionError
 from shimpy.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ def _parse_size(_ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         return None
     try:
         return tuple(parse_bytes(text) for text in value) if param.multiple else parse_bytes(value)
-    except InvalidOptionError as error:
-        raise click.BadParameter(error.message) from error
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _parse_cpu_moe(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
