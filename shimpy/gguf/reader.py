@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import replace
 from io import SEEK_END
 from pathlib import Path
@@ -14,7 +15,7 @@ from shimpy.gguf.parser import parse_header
 from shimpy.names import parse_shard
 from shimpy.units import format_bytes
 
-__all__ = ["check_data", "parse_header", "read_header", "shard_paths"]
+__all__ = ["check_data", "parse_header", "read_files", "read_header", "shard_paths"]
 
 # What no real model comes near; the names of that many files are made up front.
 MAX_SHARDS: Final = 1024
@@ -72,7 +73,15 @@ def read_header(path: Path) -> Header:
             f"{path}: {len(missing)} of the model's {len(paths)} shards are missing, the first is "
             f"{missing[0]}; put all of them into one folder"
         )
-    return _merge([_read_file(shard) for shard in paths])
+    return read_files(paths)
+
+
+def read_files(paths: Sequence[Path]) -> Header:
+    """Return the header of a model in these files, all its shards in order; as `read_header`.
+
+    The files' names mean nothing: some stores name them by their digests.
+    """
+    return _merge([_read_file(path) for path in paths])
 
 
 def _read_file(path: Path) -> Header:

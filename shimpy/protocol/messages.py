@@ -103,6 +103,8 @@ class Load(_Message, frozen=True):
 
     path: str
     n_ctx: int
+    # All files of a split model in order; empty: `path` alone, or its name tells the others.
+    shards: list[str] = []
     n_slots: int = 1
     n_batch: int = 2048
     n_ubatch: int = 512

@@ -442,6 +442,7 @@ def load_message(model: Model, rung: Rung, n_threads: int) -> Load:
     embeds = shape is not None and (shape.is_embedding or shape.is_reranker)
     return Load(
         path=str(model.path),
+        shards=[str(path) for path in model.files] if len(model.files) > 1 else [],
         n_ctx=placement.n_ctx,
         n_slots=placement.n_slots,
         # An embedding model computes a text whole: its batch is its micro-batch.

@@ -64,7 +64,7 @@ class Model:
 
 
 def load_model(load: Load, *, on_progress: OnProgress) -> Model:
-    """Load the weights as placed; a file in parts is named by its first one.
+    """Load the weights as placed.
 
     Raises:
         LoadError: the file, the devices or the memory do not allow it, with llama.cpp's own
@@ -84,7 +84,7 @@ def load_model(load: Load, *, on_progress: OnProgress) -> Model:
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     params.tensor_split = split if load.tensor_split else None
     params.progress_callback = progress.callback
-    handle = LL.llama_model_load_from_file(os.fsencode(load.path), params)
+    handle = _load(load, params)
     if handle:
         return Model(handle)
     if progress.error is not None:
@@ -94,10 +94,21 @@ def load_model(load: Load, *, on_progress: OnProgress) -> Model:
     raise load_error(f"llama.cpp could not load {load.path}", LOG.errors())
 
 
+def _load(load: Load, params: Any) -> Pointer | None:
+    handle: Pointer | None
+    if load.shards:
+        paths = (ctypes.c_char_p * len(load.shards))(*map(os.fsencode, load.shards))
+        handle = LL.llama_model_load_from_splits(paths, len(paths), params)
+    else:
+        handle = LL.llama_model_load_from_file(os.fsencode(load.path), params)
+    return handle
+
+
 def _check(load: Load) -> None:
     """Refuse what llama.cpp would answer by aborting, or with less to go by."""
-    if not os.access(load.path, os.R_OK):
-        raise LoadError(f"{load.path} is not there or can't be read")
+    for path in (load.path, *load.shards):
+        if not os.access(path, os.R_OK):
+            raise LoadError(f"{path} is not there or can't be read")
     for name, value in (
         ("n_ctx", load.n_ctx),
         ("n_batch", load.n_batch),
