@@ -7,9 +7,10 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
-from shimpy.names import parse_shard
+from shimpy.names import ModelName, parse_shard
+from shimpy.registry.settings import NO_SETTINGS, ModelSettings
 
 SUFFIX: Final = ".gguf"
 # Bounds for a folder that is really a whole disk: levels below it, and entries looked at.
@@ -31,6 +32,8 @@ class FoundFile:
     modified_s: float
     # Device and inode: the same for all names of one file.
     identity: tuple[int, int]
+    # "sha256:<hex>" where the file is kept under its digest; "": not known.
+    digest: str = ""
 
     @property
     def stamp(self) -> str:
@@ -43,10 +46,20 @@ class FoundModel:
     """Files that make one model: a single one, or all shards that are there, in order."""
 
     files: tuple[FoundFile, ...]
-    # The folder that was searched.
+    # The folder that was searched, or what else the source is called.
     source: str
-    # A downloader's leftover says that the file is not whole.
-    partial: str | None = None
+    # The tool whose store it is in; "": a plain folder.
+    tool: str = ""
+    # The name that its source gives it; None: its file's name is all there is.
+    name: ModelName | None = None
+    aliases: tuple[ModelName, ...] = ()
+    # What it came with.
+    settings: ModelSettings = NO_SETTINGS
+    # The source tells all files of the model, whatever they are called, and its projector.
+    is_listed: bool = False
+    projector: Path | None = None
+    # Why it can't be used, whatever the file says: a downloader's leftover is beside it, ...
+    problem: str | None = None
 
     @property
     def path(self) -> Path:
@@ -58,6 +71,14 @@ class FoundModel:
         """What changes whenever one of the files does, or a shard comes or goes."""
         return ";".join(f"{file.path.name}:{file.stamp}" for file in self.files)
 
+    def is_same_as(self, other: FoundModel) -> bool:
+        """Whether the files are the same, or copies whose digests are known to be."""
+        pairs = list(zip(self.files, other.files, strict=False))
+        return len(self.files) == len(other.files) and all(
+            one.identity == two.identity or (one.digest != "" and one.digest == two.digest)
+            for one, two in pairs
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
@@ -67,6 +88,24 @@ class Scan:
     # Folders as they were asked for, those that could not be read left out.
     readable: tuple[Path, ...]
     problems: tuple[str, ...]
+
+
+class Source(Protocol):
+    """Something that knows of models: folders, the store, another tool's store."""
+
+    def scan(self) -> Scan:
+        """Return what is there now; blocking. What can't be read is a problem, not an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Folders of GGUF files, named by their files' names."""
+
+    folders: tuple[Path, ...]
+
+    def scan(self) -> Scan:
+        """Return what is in the folders and below."""
+        return scan_folders(self.folders)
 
 
 def scan_folders(folders: Sequence[Path]) -> Scan:
@@ -112,7 +151,7 @@ class _Walk:
             self.problems.append(f"{top}: can't be searched: {error.strerror or error}")
             return
         if stat.S_ISREG(status.st_mode):
-            yield _Listing([_found_file(top, status)], {top.name})
+            yield _Listing([found_file(top, status)], {top.name})
             return
         pending = [(top, 0)]
         while pending:
@@ -178,16 +217,18 @@ class _Walk:
             self.problems.append(f"{path}: can't be read: {error.strerror or error}")
             return
         if stat.S_ISREG(status.st_mode):
-            listing.files.append(_found_file(path, status))
+            listing.files.append(found_file(path, status))
 
 
-def _found_file(path: Path, status: os.stat_result) -> FoundFile:
+def found_file(path: Path, status: os.stat_result, *, digest: str = "") -> FoundFile:
+    """Return a file as `stat` (links followed) saw it."""
     return FoundFile(
         path=path,
         size_bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
         modified_s=status.st_mtime,
         identity=(status.st_dev, status.st_ino),
+        digest=digest,
     )
 
 
@@ -199,12 +240,12 @@ def _group(listing: _Listing, source: str) -> list[FoundModel]:
         key = (file.path.name, 0) if shard is None else (shard[0], shard[2])
         groups.setdefault(key, []).append(file)
     return [
-        FoundModel(files=tuple(files), source=source, partial=_partial(files, listing.names))
+        FoundModel(files=tuple(files), source=source, problem=_leftover(files, listing.names))
         for files in groups.values()
     ]
 
 
-def _partial(files: list[FoundFile], names: set[str]) -> str | None:
+def _leftover(files: list[FoundFile], names: set[str]) -> str | None:
     for file in files:
         for suffix in _PARTIAL_SUFFIXES:
             leftover = file.path.name + suffix

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.names import ModelName
+from shimpy.registry.settings import NO_SETTINGS, ModelSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +24,14 @@ class Model:
     modified_s: float
     # Hex sha256 over the header's bytes and the files' sizes: cheap, and changes with the model.
     digest: str
-    # Where it was found: a folder's path, or a store's name.
+    # Where it was found, for people: a folder's path, "store", "built-in", or a tool's name.
     source: str
+    # The tool whose store it is in: "store" and "built-in" are shimpy's own; "": a plain folder.
+    tool: str = ""
+    # Further names that it answers to, as long as no model has them for its own.
+    aliases: tuple[ModelName, ...] = ()
+    # All that is set about it: by the user, over what it came with, over the catalog's defaults.
+    settings: ModelSettings = field(default=NO_SETTINGS, hash=False)
     shape: ModelShape | None
     # Why the file can't be used; None: it can.
     error: str | None = None

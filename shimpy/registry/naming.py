@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -22,29 +23,83 @@ def is_projector_name(path: Path) -> bool:
     return _PROJECTOR_MARK in path.stem.lower()
 
 
-def assign_names(models: Sequence[FoundModel]) -> tuple[list[ModelName | None], list[str]]:
-    """Return each model's name, and in words what had to be named otherwise than its file.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """A model with the name that it is listed under, and those that it answers to besides."""
 
-    The first to have a name keeps it. One that comes after it gets its folders' names in
-    front, as many as it takes, and at last a number. None: it is the same file as the one
-    that has the name.
+    # Its place among the models that were to be named.
+    index: int
+    name: ModelName
+    aliases: tuple[ModelName, ...] = ()
+
+
+def assign_names(models: Sequence[FoundModel]) -> tuple[list[Named], list[str]]:
+    """Return the models by name, and in words what had to be named otherwise than it asks.
+
+    1. The first to have a name keeps it.
+    2. One whose files came before is no model of its own, but a further name of the first;
+       unless it has settings of its own, or is of the same tool, whose user named them apart.
+    3. One that comes after another of its name gets its tool's or its folders' names in front,
+       as many as it takes, and at last a number.
     """
-    taken: dict[ModelName, FoundModel] = {}
-    names: list[ModelName | None] = []
-    problems: list[str] = []
-    for model in models:
-        plain = name_from_stem(model.path.stem)
-        first = taken.setdefault(plain, model)
-        if first is model:
-            names.append(plain)
-        elif first.files[0].identity == model.files[0].identity:
-            names.append(None)
-        else:
-            name = next(n for n in _longer_names(plain, model.path) if n not in taken)
-            taken[name] = model
-            names.append(name)
-            problems.append(f"{model.path}: is named {name}, because {first.path} is named {plain}")
-    return names, problems
+    naming = _Naming()
+    for index, model in enumerate(models):
+        naming.add(index, model)
+    named = [
+        Named(index=index, name=name, aliases=tuple(dict.fromkeys(aliases)))
+        for index, (name, aliases) in naming.named.items()
+    ]
+    return named, naming.problems
+
+
+@dataclass(slots=True)
+class _Naming:
+    """Names given so far."""
+
+    taken: dict[ModelName, FoundModel] = field(default_factory=dict)
+    # By the model's index: its name and aliases.
+    named: dict[int, tuple[ModelName, list[ModelName]]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    # By what tells files apart: the models that were named.
+    _known: dict[object, list[tuple[int, FoundModel]]] = field(default_factory=dict)
+
+    def add(self, index: int, model: FoundModel) -> None:
+        """Name one more model."""
+        plain = model.name or name_from_stem(model.path.stem)
+        twin = self._twin(model)
+        if twin is not None:
+            name, aliases = self.named[twin]
+            aliases += [other for other in (plain, *model.aliases) if other != name]
+            return
+        first = self.taken.get(plain)
+        name = plain
+        if first is not None:
+            name = next(n for n in _longer_names(plain, model) if n not in self.taken)
+            self.problems.append(
+                f"{model.path}: is named {name}, because {first.path} is named {plain}"
+            )
+        self.taken[name] = model
+        self.named[index] = (name, [alias for alias in model.aliases if alias != name])
+        for key in _keys(model):
+            self._known.setdefault(key, []).append((index, model))
+
+    def _twin(self, model: FoundModel) -> int | None:
+        for key in _keys(model):
+            for index, other in self._known.get(key, ()):
+                if _is_twin(model, other):
+                    return index
+        return None
+
+
+def _keys(model: FoundModel) -> list[object]:
+    first = model.files[0]
+    return [first.identity, first.digest] if first.digest else [first.identity]
+
+
+def _is_twin(model: FoundModel, other: FoundModel) -> bool:
+    is_named_apart = model.tool != "" and model.tool == other.tool
+    has_own_settings = not model.settings.is_empty and model.settings != other.settings
+    return not is_named_apart and not has_own_settings and model.is_same_as(other)
 
 
 def pick_projector(
@@ -65,9 +120,11 @@ def pick_projector(
     return min(ranked)[-1] if ranked else None
 
 
-def _longer_names(plain: ModelName, path: Path) -> Iterator[ModelName]:
+def _longer_names(plain: ModelName, model: FoundModel) -> Iterator[ModelName]:
     name = plain.name
-    for parent in path.parents:
+    if model.tool:
+        yield ModelName(f"{name_part(model.tool)}/{name}", plain.tag)
+    for parent in model.path.parents if model.name is None else ():
         if parent.name:
             name = f"{name_part(parent.name)}/{name}"
             yield ModelName(name, plain.tag)

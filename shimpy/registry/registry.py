@@ -1,29 +1,40 @@
-"""The models in the folders of this machine, by name: scanned, read once, resolved."""
+"""The models of this machine by name, from all sources: scanned, read once, resolved."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from shimpy.errors import GgufError, NotFoundError
+from shimpy.errors import GgufError, InvalidNameError, NotFoundError
 from shimpy.gguf.arch import NotAModelError, describe_model
 from shimpy.gguf.header import Header
-from shimpy.gguf.reader import read_header
+from shimpy.gguf.reader import read_files, read_header
 from shimpy.names import DEFAULT_TAG, ModelName, name_from_stem, parse_model_name
-from shimpy.registry.discovery import FoundModel, Scan, scan_folders
+from shimpy.registry.discovery import Folders, FoundModel, Scan, Source
 from shimpy.registry.index import HeaderIndex, Kind, Record, decode
 from shimpy.registry.model import Model
-from shimpy.registry.naming import assign_names, is_projector_name, pick_projector
+from shimpy.registry.naming import Named, assign_names, is_projector_name, pick_projector
+from shimpy.registry.settings import NO_SETTINGS, ModelSettings
 
 # Reading headers waits for the disk more than it computes.
 _N_READERS: Final = 4
+# Where a name came from changes nothing about which model it is.
+_HOST_ALIASES: Final = {"huggingface.co/": "hf.co/"}
+
+SettingsOf = Callable[[ModelName], ModelSettings]
+
+
+def no_settings(_name: ModelName) -> ModelSettings:
+    """Return that nothing is set."""
+    return NO_SETTINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +43,40 @@ class _Snapshot:
 
     models: tuple[Model, ...] = ()
     problems: tuple[str, ...] = ()
+    by_name: Mapping[ModelName, Model] = field(default_factory=dict)
+    by_alias: Mapping[ModelName, Model] = field(default_factory=dict)
 
 
 class Registry:
-    """The models in some folders.
+    """The models in some folders, and in other sources.
 
     `refresh` blocks and is meant for a worker thread; scans that overlap wait for each other.
     The other methods answer from the last scan, from any thread, without touching the disk.
     """
 
-    def __init__(self, folders: Sequence[Path], *, index_path: Path) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        *,
+        index_path: Path,
+        before: Sequence[Source] = (),
+        after: Sequence[Source] = (),
+        settings: SettingsOf = no_settings,
+        defaults: SettingsOf = no_settings,
+    ) -> None:
+        """Know models from several sources; of two with one name, the first keeps it.
+
+        Args:
+            folders: of GGUF files.
+            index_path: where headers are remembered.
+            before: sources whose names go before those of the folders' files.
+            after: sources that come after them.
+            settings: what the user set about a model, by its name.
+            defaults: what holds for a model where neither it nor the user says otherwise.
+        """
         self._folders = tuple(folders)
+        self._sources = (*before, Folders(self._folders), *after)
+        self._settings, self._defaults = settings, defaults
         self._index = HeaderIndex(index_path)
         self._lock = threading.Lock()
         # By the path of a model's first file: the stamp of its files and what they said.
@@ -55,15 +89,14 @@ class Registry:
         self._snapshot = _Snapshot()
 
     def refresh(self) -> None:
-        """Look at the folders again and read the headers of files that are new or changed."""
+        """Look at all sources again and read the headers of files that are new or changed."""
         with self._lock:
-            scan = scan_folders(self._folders)
+            scan = _merge([source.scan() for source in self._sources])
             records = self._look_up(scan)
-            snapshot = _build_snapshot(scan, records)
+            snapshot = self._build_snapshot(scan, records)
             if self._index.problem is not None:
-                snapshot = _Snapshot(
-                    models=snapshot.models, problems=(*snapshot.problems, self._index.problem)
-                )
+                problems = (*snapshot.problems, self._index.problem)
+                snapshot = replace(snapshot, problems=problems)
             self._snapshot = snapshot
 
     def models(self) -> tuple[Model, ...]:
@@ -78,8 +111,9 @@ class Registry:
     def resolve(self, text: str) -> Model:
         """Return the model that `text` ("name" or "name:tag") means, as of the last scan.
 
-        1. The name and tag as they stand.
-        2. Without a tag, or with `latest`, the only model of that name that is not broken.
+        1. The name and tag as they stand: a model's own, else an alias.
+        2. Without a tag, or with `latest`, the only model of that name that is not broken; its
+           own, else an alias.
 
         Paths are no names: what is in no folder is out of reach.
 
@@ -88,23 +122,28 @@ class Registry:
             NotFoundError: there is no such model; the message names what is near.
             GgufError: there is, but its file is broken.
         """
-        wanted = parse_model_name(text)
-        namesakes = [model for model in self.models() if model.name.name == wanted.name]
-        exact = [model for model in namesakes if model.name.tag == wanted.tag]
-        if exact:
-            return _usable(exact[0])
+        wanted = _parse_wanted(text)
+        snapshot = self._snapshot
+        exact = snapshot.by_name.get(wanted) or snapshot.by_alias.get(wanted)
+        if exact is not None:
+            return _usable(exact)
+        namesakes: dict[ModelName, Model] = {}
+        for names in (snapshot.by_name, snapshot.by_alias):
+            namesakes = {name: m for name, m in names.items() if name.name == wanted.name}
+            if namesakes:
+                break
         if wanted.tag == DEFAULT_TAG:
-            whole = [model for model in namesakes if model.error is None] or namesakes
+            whole = {m.name: m for m in namesakes.values() if m.error is None}
+            whole = whole or {m.name: m for m in namesakes.values()}
             if len(whole) == 1:
-                return _usable(whole[0])
-        raise NotFoundError(self._explain_missing(wanted, namesakes))
+                return _usable(*whole.values())
+        raise NotFoundError(self._explain_missing(wanted, sorted(namesakes)))
 
-    def _explain_missing(self, wanted: ModelName, namesakes: list[Model]) -> str:
+    def _explain_missing(self, wanted: ModelName, namesakes: list[ModelName]) -> str:
+        tags = ", ".join(map(str, namesakes))
         if namesakes and wanted.tag == DEFAULT_TAG:
-            tags = ", ".join(str(model.name) for model in namesakes)
             return f'"{wanted.name}" means {len(namesakes)} models; ask for one of them: {tags}'
         if namesakes:
-            tags = ", ".join(str(model.name) for model in namesakes)
             return f'there is no model "{wanted}"; of that name there is {tags}'
         names = sorted({model.name.name for model in self.models()})
         near = difflib.get_close_matches(wanted.name, names, n=3)
@@ -137,7 +176,7 @@ class Registry:
 
     def _recall(self, model: FoundModel) -> Record | None:
         """Return the record of a model whose files are as they were; None: read them."""
-        if model.partial is not None:
+        if model.problem is not None:
             return None
         stamp, record = self._known.get(_key(model), ("", None))
         if stamp == model.stamp:
@@ -154,6 +193,48 @@ class Registry:
         if self._index.store(self._unsaved, gone):
             self._indexed = (self._indexed - gone) | self._unsaved.keys()
             self._unsaved = {}
+
+    def _build_snapshot(self, scan: Scan, records: Sequence[Record]) -> _Snapshot:
+        """Return the models by name, each with its projector and its settings."""
+        found, parts = _sort_out(scan, records)
+        named, renamed = assign_names([model for model, _ in found])
+        models = []
+        for entry in named:
+            one, record = found[entry.index]
+            layers = self._settings(entry.name).over(one.settings)
+            settings = layers.over(self._defaults(entry.name))
+            projector = one.projector or parts.projector_of(one)
+            models.append(_make_model(entry, one, record, projector, settings))
+        models.sort(key=lambda model: model.name)
+        by_name = {model.name: model for model in models}
+        by_alias: dict[ModelName, Model] = {}
+        for model in models:
+            for alias in model.aliases:
+                if alias not in by_name:
+                    by_alias.setdefault(alias, model)
+        return _Snapshot(
+            models=tuple(models),
+            problems=(*scan.problems, *parts.broken, *renamed),
+            by_name=by_name,
+            by_alias=by_alias,
+        )
+
+
+def _merge(scans: Iterable[Scan]) -> Scan:
+    scans = list(scans)
+    return Scan(
+        models=tuple(model for scan in scans for model in scan.models),
+        readable=tuple(path for scan in scans for path in scan.readable),
+        problems=tuple(problem for scan in scans for problem in scan.problems),
+    )
+
+
+def _parse_wanted(text: str) -> ModelName:
+    wanted = parse_model_name(text)
+    for host, ours in _HOST_ALIASES.items():
+        if wanted.name.startswith(host):
+            return ModelName(ours + wanted.name.removeprefix(host), wanted.tag)
+    return wanted
 
 
 def _key(model: FoundModel) -> str:
@@ -173,10 +254,13 @@ def _usable(model: Model) -> Model:
 def _read(found: FoundModel) -> Record:
     """Return what a model's headers say; blocking. Never fails: it may be broken."""
     digest = hashlib.sha256(found.stamp.encode()).hexdigest()
-    if found.partial is not None:
-        return Record(kind="broken", digest=digest, error=found.partial, is_lasting=False)
+    if found.problem is not None:
+        return Record(kind="broken", digest=digest, error=found.problem, is_lasting=False)
     try:
-        header = read_header(found.path)
+        if found.is_listed:
+            header = read_files([file.path for file in found.files])
+        else:
+            header = read_header(found.path)
         digest = _digest(header)
         return Record(kind="model", digest=digest, shape=describe_model(header))
     except NotAModelError as error:
@@ -195,51 +279,69 @@ def _digest(header: Header) -> str:
     return digest.hexdigest()
 
 
-def _build_snapshot(scan: Scan, records: Sequence[Record]) -> _Snapshot:
-    """Return the models by name, each with its projector."""
+@dataclass(slots=True)
+class _Parts:
+    """What was found beside the models, by folder."""
+
+    projectors: defaultdict[Path, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    # The names of the models in a folder.
+    names: defaultdict[Path, set[str]] = field(default_factory=lambda: defaultdict(set))
+    # Projectors that can't be read, in words.
+    broken: list[str] = field(default_factory=list)
+
+    def projector_of(self, model: FoundModel) -> Path | None:
+        """Return the projector that lies beside a model and belongs to it."""
+        folder = model.path.parent
+        return pick_projector(
+            model.path, self.projectors[folder], n_names_in_folder=len(self.names[folder])
+        )
+
+
+def _sort_out(
+    scan: Scan, records: Sequence[Record]
+) -> tuple[list[tuple[FoundModel, Record]], _Parts]:
+    """Return the models, and the projectors among what was found."""
     found: list[tuple[FoundModel, Record]] = []
-    projectors: defaultdict[Path, list[Path]] = defaultdict(list)
-    broken_projectors: list[str] = []
+    parts = _Parts()
     for model, record in zip(scan.models, records, strict=True):
+        folder = model.path.parent
         if record.kind == "projector":
-            projectors[model.path.parent].append(model.path)
+            parts.projectors[folder].append(model.path)
         elif record.kind == "broken" and is_projector_name(model.path):
-            broken_projectors.append(record.error or "")
+            parts.broken.append(record.error or "")
         elif record.kind != "part":
             found.append((model, record))
-    names, renamed = assign_names([model for model, _ in found])
-    names_in: defaultdict[Path, set[str]] = defaultdict(set)
-    for model, _ in found:
-        names_in[model.path.parent].add(name_from_stem(model.path.stem).name)
-    models = [
-        _make_model(
-            name,
-            model,
-            record,
-            pick_projector(
-                model.path,
-                projectors[model.path.parent],
-                n_names_in_folder=len(names_in[model.path.parent]),
-            ),
-        )
-        for name, (model, record) in zip(names, found, strict=True)
-        if name is not None
-    ]
-    models.sort(key=lambda model: model.name)
-    return _Snapshot(models=tuple(models), problems=(*scan.problems, *broken_projectors, *renamed))
+            parts.names[folder].add(name_from_stem(model.path.stem).name)
+    return found, parts
 
 
 def _make_model(
-    name: ModelName, found: FoundModel, record: Record, projector: Path | None
+    named: Named,
+    found: FoundModel,
+    record: Record,
+    projector: Path | None,
+    settings: ModelSettings,
 ) -> Model:
     return Model(
-        name=name,
+        name=named.name,
         files=tuple(file.path for file in found.files),
         projector=projector,
         size_bytes=sum(file.size_bytes for file in found.files),
         modified_s=max(file.modified_s for file in found.files),
         digest=record.digest,
         source=found.source,
+        tool=found.tool,
+        aliases=tuple(dict.fromkeys((*_user_aliases(settings), *named.aliases))),
+        settings=settings,
         shape=record.shape,
         error=record.error,
     )
+
+
+def _user_aliases(settings: ModelSettings) -> list[ModelName]:
+    names = []
+    for text in settings.aliases or ():
+        # A store is data from elsewhere: what is no name there names nothing.
+        with contextlib.suppress(InvalidNameError):
+            names.append(parse_model_name(text))
+    return names

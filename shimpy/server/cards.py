@@ -16,7 +16,7 @@ from shimpy.chat.template import ChatTemplate
 from shimpy.chat.vocabulary import control_tokens, fim_roles
 from shimpy.errors import GgufError
 from shimpy.gguf.header import Header
-from shimpy.gguf.reader import read_header
+from shimpy.gguf.reader import read_files
 from shimpy.registry.model import Model
 
 # A card is some hundred kilobytes; more models than this are rarely used in turn.
@@ -76,7 +76,7 @@ class ModelCards:
 
 def make_card(model: Model) -> ModelCard:
     """Return a model's card; blocking."""
-    header = read_header(model.path)
+    header = read_files(model.files)
     vocabulary = header.get_array("tokenizer.ggml.tokens")
     texts = [] if vocabulary is None else [str(token) for token in vocabulary]
     tokens = control_texts(header, texts)

@@ -41,9 +41,9 @@ def test_file_beside_its_download_state_is_partial(tmp_path: Path) -> None:
     _touch(tmp_path / "m.gguf.aria2")
     _touch(tmp_path / "other.gguf")
     partial, whole = scan_folders([tmp_path]).models
-    assert partial.partial is not None
-    assert "m.gguf.aria2" in partial.partial
-    assert whole.partial is None
+    assert partial.problem is not None
+    assert "m.gguf.aria2" in partial.problem
+    assert whole.problem is None
 
 
 def test_shards_are_one_model(tmp_path: Path) -> None:

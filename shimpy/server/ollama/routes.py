@@ -9,7 +9,7 @@ from contextlib import aclosing
 from aiohttp import hdrs, web
 
 import shimpy
-from shimpy.gguf.reader import read_header
+from shimpy.gguf.reader import read_files
 from shimpy.server.bodies import read_body
 from shimpy.server.embedding import run_embedding
 from shimpy.server.events import Event
@@ -147,7 +147,7 @@ async def show(request: web.Request) -> web.Response:
     body = await read_body(request, ShowBody)
     name = parse_model(body.model, body.name)
     model = await find_model(services, name, record_of(request))
-    header = await asyncio.to_thread(read_header, model.path)
+    header = await asyncio.to_thread(read_files, model.files)
     card = await services.cards.get(model)
     info = listing.model_info(model, header, verbose=bool(body.verbose))
     if request.headers.get(hdrs.USER_AGENT, "").startswith(_COPILOT):
