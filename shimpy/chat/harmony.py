@@ -29,6 +29,19 @@ class _State(Enum):
     BETWEEN = auto()
 
 
+_HEADER_WORDS = ("assistant", "analysis", "commentary", "final", "json", "to=")
+
+
+def _are_header_words(text: str) -> bool:
+    """Whether these words, the last perhaps cut off, can be those of a header."""
+    for mark in HARMONY_MARKS:
+        text = text.replace(mark, " ")
+    return all(
+        word.startswith("to=") or any(known.startswith(word) for known in _HEADER_WORDS)
+        for word in text.split()
+    )
+
+
 class HarmonyParser:
     """Thoughts are the analysis channel, calls what has a recipient, content the rest."""
 
@@ -62,8 +75,8 @@ class HarmonyParser:
         if self._state is _State.MESSAGE:
             self._say(rest, events)
             self._end_message(events)
-        elif not self._header.startswith("<"):
-            # A header that has no mark is no header, but words.
+        elif not (_MARKS.find(self._header) and _are_header_words(self._header)):
+            # Without a mark, or with other words in it, it was no header after all.
             events.append(ContentDelta(self._header + rest))
         return merge(events)
 
@@ -87,10 +100,9 @@ class HarmonyParser:
             self._say(text, events)
             return
         if self._state is _State.BETWEEN:
-            if not text.strip():
+            text = text.lstrip()
+            if not text:
                 return
-            # The model forgot the header.
-            self._header = ""
         self._header += text
         if not self._is_header():
             text, self._header = self._header, ""
@@ -101,10 +113,9 @@ class HarmonyParser:
 
     def _is_header(self) -> bool:
         """Whether what was read so far can be a message's header."""
-        words = self._header.partition("<")[0].strip()
-        role, _, recipient = words.partition(" ")
-        plain = "assistant".startswith(role) or "to=".startswith(role[:3])
-        return len(self._header) <= MAX_HEADER_CHARS and plain and not recipient.partition(" ")[2]
+        found = _MARKS.find(self._header)
+        words = self._header if found is None else self._header[: found[0]]
+        return len(self._header) <= MAX_HEADER_CHARS and _are_header_words(words)
 
     def _on_mark(self, mark: str, events: list[OutputEvent]) -> None:
         if mark in (_START, *_ENDS) or (mark == _CHANNEL and self._state is not _State.HEADER):

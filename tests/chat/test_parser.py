@@ -165,8 +165,8 @@ CASES: dict[str, tuple[ChatFormat, str, list[OutputEvent]]] = {
     "deepseek, short": (
         ChatFormat(tool=DEEPSEEK),
         (
-            'ok<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"x": "a"}<｜tool▁call▁end｜>'
-            "<｜tool▁calls▁end｜>"
+            "ok<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>"
+            '{"x": "a"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
         ),
         [ContentDelta("ok"), f(x="a")],
     ),
@@ -254,8 +254,8 @@ CASES: dict[str, tuple[ChatFormat, str, list[OutputEvent]]] = {
     "harmony, call": (
         HARMONY,
         (
-            "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary "
-            'to=functions.f <|constrain|>json<|message|>{"x": "a"}<|call|>'
+            "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant"
+            '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"x": "a"}<|call|>'
         ),
         [ContentDelta("Let me see."), f(x="a")],
     ),
