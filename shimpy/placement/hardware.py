@@ -48,7 +48,7 @@ class Host:
     total_bytes: int
     # MemAvailable, or what the cgroup's limit leaves, whichever is less.
     available_bytes: int
-    # RLIMIT_MEMLOCK, and what may be page-locked at all; None: unlimited.
+    # RLIMIT_MEMLOCK; None: unlimited. It binds only where no driver locks the memory itself.
     lockable_bytes: int | None
     n_cores: int
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import DeviceUse, HostUse, Placement, PlanOptions, Rung
 from shimpy.units import format_bytes
+
+# Backends whose driver page-locks memory on its own account.
+DRIVERS_THAT_LOCK: Final = frozenset(
+    ("CUDA", "ROCm", "HIP", "MUSA", "SYCL", "Vulkan", "Metal", "MTL")
+)
 
 
 def describe_rung(shape: ModelShape, hardware: Hardware, rung: Rung) -> str:
@@ -41,15 +47,23 @@ def missing_bytes(rung: Rung) -> int:
     return rung.host.missing_bytes + sum(device.missing_bytes for device in rung.devices)
 
 
+def lock_limit(hardware: Hardware, devices: Sequence[str]) -> int | None:
+    """Return how many bytes may be page-locked for these devices; None: there is no limit.
+
+    A driver that locks memory itself does not count it against RLIMIT_MEMLOCK: with a limit of
+    64 KiB and no capabilities, cudaMallocHost gave 8 GiB, and VmLck stayed 0. Should a driver
+    have less to give, llama.cpp goes on with pageable memory.
+    """
+    locks_itself = all(
+        gpu.backend in DRIVERS_THAT_LOCK for gpu in hardware.gpus if gpu.name in devices
+    )
+    return None if locks_itself else hardware.host.lockable_bytes
+
+
 def exceeds_lock_limit(hardware: Hardware, placement: Placement, host: HostUse) -> bool:
     """Whether more would be page-locked for a GPU than the process may lock."""
-    limit = hardware.host.lockable_bytes
-    return (
-        bool(placement.devices)
-        and host.locked
-        and limit is not None
-        and (host.weights_bytes > limit)
-    )
+    limit = lock_limit(hardware, placement.devices)
+    return host.locked and limit is not None and host.weights_bytes > limit
 
 
 def describe_layout(shape: ModelShape, placement: Placement) -> str:
@@ -93,7 +107,7 @@ def _streamed(hardware: Hardware, rung: Rung) -> str:
     batch = f"micro-batch {placement.n_ubatch}"
     if host.locked:
         return f"{held} of weights page-locked in RAM, from where the GPU reads fastest, {batch}"
-    limit = hardware.host.lockable_bytes
+    limit = lock_limit(hardware, placement.devices)
     if limit is not None and limit < host.weights_bytes:
         return f"{held} of weights mapped, {batch}: only {format_bytes(limit)} may be page-locked"
     return (
@@ -119,7 +133,7 @@ def describe_lack(hardware: Hardware, rung: Rung) -> str:
             f"{format_bytes(host.available_bytes)} available)"
         )
     elif exceeds_lock_limit(hardware, rung.placement, host):
-        limit = format_bytes(hardware.host.lockable_bytes or 0)
+        limit = format_bytes(lock_limit(hardware, rung.placement.devices) or 0)
         parts.append(f"only {limit} may be page-locked (RLIMIT_MEMLOCK)")
     return ", ".join(parts)
 

@@ -16,13 +16,14 @@ def machine(
     ram: float = 64,
     lockable_bytes: int | None = None,
     is_shared: bool = False,
+    backend: str = "CUDA",
 ) -> Hardware:
     """A machine with cards of so many GiB and so much RAM, all of it free."""
     gpus = tuple(
         Gpu(
             name=f"CUDA{i}",
             description="a card",
-            backend="CUDA",
+            backend=backend,
             free_bytes=int(size * GIB),
             total_bytes=int(size * GIB),
             overhead_bytes=0 if is_shared else OVERHEAD_BYTES,
@@ -116,8 +117,11 @@ MODELS = st.builds(
 )
 SIZES = st.floats(0.1, 80, allow_nan=False)
 MACHINES = st.builds(
-    lambda vram, ram, lockable: machine(*vram, ram=ram, lockable_bytes=lockable),
+    lambda vram, ram, lockable, backend: machine(
+        *vram, ram=ram, lockable_bytes=lockable, backend=backend
+    ),
     vram=st.lists(SIZES, max_size=3),
     ram=st.floats(0.5, 200, allow_nan=False),
     lockable=st.sampled_from([None, 8 * MIB, 4 * GIB]),
+    backend=st.sampled_from(["CUDA", "NPU"]),
 )

@@ -46,10 +46,20 @@ def test_experts_are_mapped_where_locking_them_would_fill_the_ram() -> None:
     assert "page-locked they would leave too little" in tight.reason
 
 
-def test_experts_are_mapped_where_the_process_may_not_lock_them() -> None:
+def test_the_lock_limit_does_not_bind_a_driver_that_locks_itself() -> None:
+    """Debian's default of 8 MiB would cost every CUDA host its prefill, for nothing."""
     rung = chosen(plan_model(MOE, machine(8, lockable_bytes=8 * MIB)))
+    assert rung.placement.load_mode == "locked"
+
+
+def test_experts_are_mapped_where_the_process_may_not_lock_them() -> None:
+    hardware = machine(8, lockable_bytes=8 * MIB)
+    other = replace(hardware, gpus=(replace(hardware.gpus[0], backend="NPU"),))
+    rung = chosen(plan_model(MOE, other))
     assert rung.placement.load_mode == "mmap"
     assert "only 8.0 MiB may be page-locked" in rung.reason
+    asked = plan_model(MOE, other, PlanOptions(load_mode="locked", cpu_moe="on"))
+    assert "RLIMIT_MEMLOCK" in asked.ladder[0].reason
 
 
 def test_a_smaller_micro_batch_is_taken_where_a_large_one_lacks_room() -> None:
