@@ -104,6 +104,16 @@ def test_4_a_loaded_model_passes_a_load() -> None:
     assert sim.request(A) in sim.granted
 
 
+def test_a_load_that_nobody_waits_for_any_more_is_given_up() -> None:
+    sim = Simulation(ONE_AT_A_TIME)
+    leaves, stays = sim.request(A), sim.request(A)
+    sim.probed()
+    sim.cancel(leaves)
+    assert not sim.of_phase(Phase.STOPPING)
+    sim.cancel(stays)
+    assert sim.of_phase(Phase.STOPPING)
+
+
 # --- on_hardware ------------------------------------------------------------------------------
 
 

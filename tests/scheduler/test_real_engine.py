@@ -1,0 +1,153 @@
+"""The scheduler over the real engine: real processes, real llama.cpp, real placements."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from shimpy.config import Config
+from shimpy.errors import LoadError, WorkerDiedError
+from shimpy.gguf.arch import describe_model
+from shimpy.gguf.reader import read_header
+from shimpy.names import parse_model_name
+from shimpy.placement.placement import PlanOptions
+from shimpy.protocol.messages import Delta, Done, Sampling, Submit, Text
+from shimpy.registry.model import Model
+from shimpy.scheduler.scheduler import Scheduler
+from tests.scheduler.support import make_hardware
+from tests.synthetic import CHAIN_TEXT
+
+SMALL = PlanOptions(n_ctx=512, n_slots=2)
+GREEDY = Sampling(temperature=0.0)
+SUBMIT = Submit(request=0, prompt=[Text("Say it.")], sampling=GREEDY, n_predict=64)
+ENDLESS = Submit(request=0, prompt=[Text("Say it.")], sampling=Sampling(seed=1), n_predict=400)
+
+pytestmark = pytest.mark.slow
+
+
+def model_at(path: Path) -> Model:
+    shape = describe_model(read_header(path))
+    return Model(
+        name=parse_model_name(path.stem),
+        files=(path,),
+        size_bytes=shape.file_bytes,
+        modified_s=0.0,
+        digest=path.stem,
+        source=str(path.parent),
+        shape=shape,
+    )
+
+
+def make_scheduler() -> Scheduler:
+    # One thread: the threads of tiny models only spin.
+    config = Config(n_threads=1, keep_alive=300.0)
+    return Scheduler(config, lambda: make_hardware(ram_mib=4000))
+
+
+async def say(scheduler: Scheduler, model: Model, submit: Submit = SUBMIT) -> tuple[str, Done]:
+    async with (
+        scheduler.acquire(model, SMALL) as lease,
+        aclosing(lease.generate(submit)) as stream,
+    ):
+        events = [event async for event in stream]
+    done = events[-1]
+    assert isinstance(done, Done)
+    return "".join(event.text for event in events if isinstance(event, Delta)), done
+
+
+async def test_streams_what_the_model_says(chain_model: Path) -> None:
+    async with make_scheduler() as scheduler:
+        text, done = await say(scheduler, model_at(chain_model))
+        assert (text, done.reason) == (CHAIN_TEXT, "stop")
+        (resident,) = scheduler.residents()
+        assert resident.ready is not None
+        real = sum(buffer.model_bytes for buffer in resident.ready.memory)
+        assert real > 0
+        assert resident.ready.n_ctx == resident.rung.placement.n_ctx == 512
+
+
+async def test_concurrent_streams_equal_those_run_alone(deepseek_model: Path) -> None:
+    model = model_at(deepseek_model)
+    prompts = [
+        Submit(request=0, prompt=[Text(f"prompt {n}")], sampling=GREEDY, n_predict=16)
+        for n in range(6)
+    ]
+    async with make_scheduler() as scheduler:
+        alone = [(await say(scheduler, model, prompt))[0] for prompt in prompts]
+        together = await asyncio.gather(*(say(scheduler, model, prompt) for prompt in prompts))
+        assert [text for text, _ in together] == alone
+
+
+async def test_two_models_at_once(chain_model: Path, llama_model: Path) -> None:
+    async with make_scheduler() as scheduler:
+        (text, _), (_, done) = await asyncio.gather(
+            say(scheduler, model_at(chain_model)), say(scheduler, model_at(llama_model))
+        )
+        assert text == CHAIN_TEXT
+        assert done.n_generated > 0
+        assert len(scheduler.residents()) == 2
+
+
+async def test_kill_in_mid_stream_and_go_on(llama_model: Path) -> None:
+    model = model_at(llama_model)
+    async with make_scheduler() as scheduler:
+        async with (
+            scheduler.acquire(model, SMALL) as lease,
+            aclosing(lease.generate(ENDLESS)) as stream,
+        ):
+            await anext(stream)
+            pid = scheduler.residents()[0].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(WorkerDiedError, match="SIGKILL"):
+                [event async for event in stream]
+        _, done = await say(scheduler, model)
+        assert done.n_generated > 0
+
+
+async def test_leaving_frees_the_slot_at_once(llama_model: Path) -> None:
+    """With a single slot the next request would have to wait for the whole first answer."""
+    model = model_at(llama_model)
+    options = PlanOptions(n_ctx=512, n_slots=1)
+    async with make_scheduler() as scheduler, scheduler.acquire(model, options) as lease:
+        async with aclosing(lease.generate(ENDLESS)) as stream:
+            await anext(stream)
+        async with aclosing(lease.generate(SUBMIT)) as stream:
+            assert isinstance([event async for event in stream][-1], Done)
+
+
+async def test_a_broken_file_is_explained(llama_model: Path, tmp_path: Path) -> None:
+    """It was whole when its header was read."""
+    path = tmp_path / "cut.gguf"
+    shutil.copy(llama_model, path)
+    cut = model_at(path)
+    os.truncate(path, cut.size_bytes // 2)
+    async with make_scheduler() as scheduler:
+        with pytest.raises(LoadError, match="corrupted or incomplete"):
+            await say(scheduler, cut)
+
+
+async def test_a_file_that_is_cut_while_in_use(llama_model: Path, tmp_path: Path) -> None:
+    """The kernel answers the next read of a lost page with SIGBUS."""
+    path = tmp_path / "shrinks.gguf"
+    shutil.copy(llama_model, path)
+    model = model_at(path)
+    async with make_scheduler() as scheduler, scheduler.acquire(model, SMALL) as lease:
+        os.truncate(path, 4096)
+        with pytest.raises(WorkerDiedError, match="model file was cut short or changed"):
+            async with aclosing(lease.generate(SUBMIT)) as stream:
+                [event async for event in stream]
+
+
+async def test_embeddings(bert_model: Path) -> None:
+    model = model_at(bert_model)
+    async with make_scheduler() as scheduler:
+        async with scheduler.acquire(model, PlanOptions()) as lease:
+            embedded = await lease.embed([[Text("one")], [Text("two")]])
+        assert len(embedded.data) == 2 * 4 * embedded.n_embd
