@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from shimpy.engine.backend import Chunk, DecodeStatus
 from shimpy.engine.llama.batch import Batch
-from shimpy.engine.llama.failures import load_error
+from shimpy.engine.llama.failures import load_error, refused
 from shimpy.engine.llama.library import LL, Pointer, bind
 from shimpy.engine.llama.loader import Model
 from shimpy.engine.llama.log import LOG
@@ -82,10 +82,7 @@ class Context:
         if status == DecodeStatus.OK:
             self._take_logits(n_outputs)
         elif status < 0:
-            reason = "; ".join(LOG.errors(2))
-            raise WorkerError(
-                f"llama.cpp refused a batch of {batch.struct.n_tokens} tokens ({status}): {reason}"
-            )
+            raise refused(f"a batch of {batch.struct.n_tokens} tokens ({status})", LOG.errors(3))
         return status
 
     def row(self, index: int) -> Row:

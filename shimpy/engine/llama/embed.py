@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from shimpy.engine.llama.batch import Batch
 from shimpy.engine.llama.context import common_params, new_context
+from shimpy.engine.llama.failures import refused
 from shimpy.engine.llama.library import LL, Pointer, bind
 from shimpy.engine.llama.loader import Model
 from shimpy.engine.llama.log import LOG
@@ -116,10 +117,7 @@ class Embedder:
             LL.llama_memory_clear(self._memory, False)  # noqa: FBT003 (C has no names)
         status: int = LL.llama_decode(self.handle, self._batch.struct)
         if status:
-            raise WorkerError(
-                f"llama.cpp refused {len(group)} texts to embed ({status}): "
-                f"{'; '.join(LOG.errors(2))}"
-            )
+            raise refused(f"{len(group)} texts to embed ({status})", LOG.errors(3))
         return np.stack([self._vector(slot) for slot in range(len(group))])
 
     def _vector(self, slot: int) -> Vectors:

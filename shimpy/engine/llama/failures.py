@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from shimpy.errors import LoadError
+from shimpy.errors import LoadError, WorkerError
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfDeviceMemory|OutOfHostMemory|bad_alloc|std::length_error"
@@ -15,7 +15,8 @@ _OUT_OF_MEMORY = re.compile(
 )
 # Lines that follow every failure and say nothing.
 _EMPTY = re.compile(
-    r"failed to load model\s*$|failed to initialize the context: failed to allocate|^$"
+    r"failed to load model\s*$|failed to initialize the context: failed to allocate"
+    r"|failed to initialize batch|failed to (decode|encode), ret|^$"
 )
 _PREFIX = re.compile(r"^(?:\w+: )+(?=\S)")
 
@@ -38,15 +39,24 @@ _ADVICE = {
 
 def load_error(what: str, errors: Sequence[str]) -> LoadError:
     """Return the error for a failed load; `what` says what failed, `errors` is the log."""
-    telling = [line for line in errors if not _EMPTY.search(line)] or list(errors)
-    reasons = list(dict.fromkeys(_PREFIX.sub("", line) for line in telling))
-    text = "; ".join(reasons) or "llama.cpp gave no reason"
+    text = reasons(errors)
     everything = "\n".join(errors)
-    advice = next(
-        (words for pattern, words in _ADVICE.items() if re.search(pattern, everything)), None
-    )
+    found = (words for pattern, words in _ADVICE.items() if re.search(pattern, everything))
+    advice = next(found, None)
     out_of_memory = _OUT_OF_MEMORY.search(everything) is not None
     if out_of_memory:
         advice = "There is not enough free memory for it: a smaller context or fewer layers there"
     message = f"{what}: {text}. {advice}" if advice else f"{what}: {text}"
     return LoadError(message, out_of_memory=out_of_memory)
+
+
+def refused(what: str, errors: Sequence[str]) -> WorkerError:
+    """Return the error for a batch that llama.cpp did not take; `errors` is the log's end."""
+    return WorkerError(f"llama.cpp refused {what}: {reasons(errors)}")
+
+
+def reasons(errors: Sequence[str]) -> str:
+    """Return the lines that say why, each once, without the functions' names before them."""
+    telling = [line for line in errors if not _EMPTY.search(line)] or list(errors)
+    lines = dict.fromkeys(_PREFIX.sub("", line) for line in telling)
+    return "; ".join(lines) or "llama.cpp gave no reason"

@@ -167,9 +167,9 @@ def test_a_full_cache_changes_nothing(llama: LlamaBackend) -> None:
         ([Chunk(4, 0, [65], True)], r"slots \[4\]"),
         ([Chunk(-1, 0, [65], True)], r"slots \[-1\]"),
         ([Chunk(0, i, [65], True) for i in range(5)], "5 tokens.*room for 4"),
-        ([Chunk(0, 0, [512], True)], "refused"),
+        ([Chunk(0, 0, [512], True)], r"refused.*invalid token\[0\] = 512"),
         ([Chunk(0, 0, [-1], True)], "refused"),
-        ([Chunk(0, 7, [65], True), Chunk(0, 3, [65], True)], "refused"),
+        ([Chunk(0, 7, [65], True), Chunk(0, 3, [65], True)], "positions are not continuous"),
     ],
     ids=["nothing", "no tokens", "too long", "slot", "no slot", "rows", "token", "no token", "gap"],
 )
