@@ -13,7 +13,7 @@ from shimpy.engine.llama.failures import load_error
 from shimpy.errors import LoadError
 from shimpy.protocol.messages import Load
 from tests.engine.llama.running import generate, load, loaded, run_apart
-from tests.synthetic import write_llama, write_mixtral
+from tests.synthetic import write_deepseek, write_llama, write_mixtral
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,12 @@ def test_layer_1_is_not_taken_for_layer_10(tmp_path: Path, n_cpu_moe: int) -> No
     path = write_mixtral(tmp_path / "deep.gguf", n_layer=12)
     with loaded(path, n_cpu_moe=n_cpu_moe) as backend:
         assert backend.n_overridden == 3 * n_cpu_moe
+
+
+def test_all_experts_of_the_16b_layout_are_overridden(tmp_path: Path) -> None:
+    """28 layers, the first dense: 27 x 3 tensors."""
+    with loaded(write_deepseek(tmp_path / "deep.gguf", n_layer=28), n_cpu_moe=28) as backend:
+        assert backend.n_overridden == 81
 
 
 def test_where_the_experts_are_does_not_change_the_text(deepseek_model: Path) -> None:
