@@ -8,6 +8,7 @@ flags of `shimpy serve`, `shimpy config` and docs/config.md follow from there.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -28,6 +29,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json"]
 CpuMoeSetting = Literal["auto", "on", "off"]
 KvSetting = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+
+# Tools whose model stores are read too.
+Tool = Literal["huggingface", "ollama", "lmstudio", "llama.cpp", "ramalama"]
+TOOLS: tuple[Tool, ...] = get_args(Tool)
 
 Parser = Callable[[Any], Any]
 
@@ -115,6 +120,19 @@ def split_paths(value: Any) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(Path(part).expanduser().absolute() for part in parts if part))
 
 
+def _parse_stores(value: Any) -> tuple[Tool, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise InvalidOptionError(f"it must be a list of tools, not {value!r}")
+    names = {item.strip().lower() for item in items} - {""}
+    unknown = sorted(names - {*TOOLS, "none", "all"})
+    if unknown or ("none" in names and len(names) > 1):
+        raise InvalidOptionError(
+            f"it must be all, none or some of {', '.join(TOOLS)}, not {', '.join(sorted(names))!r}"
+        )
+    return TOOLS if "all" in names else tuple(tool for tool in TOOLS if tool in names)
+
+
 def _parse_folder(value: Any) -> Path:
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise InvalidOptionError(f"it must be a folder, not {value!r}")
@@ -148,6 +166,12 @@ class Config:
     )
     model_dirs: tuple[Path, ...] = _setting(
         (), split_paths, "DIR", "Folders of GGUF files, searched with their sub-folders."
+    )
+    stores: tuple[Tool, ...] = _setting(
+        TOOLS,
+        _parse_stores,
+        "TOOLS",
+        "Other tools whose models are used where they lie: all, none, or some of them.",
     )
     cpu_moe: CpuMoeSetting = _setting(
         "auto",
@@ -318,6 +342,54 @@ def _folders(env: Mapping[str, str]) -> dict[str, Path]:
         "cache": platformdirs.user_cache_path(APP),
         "data": platformdirs.user_data_path(APP),
     }
+
+
+def tool_folders(environ: Mapping[str, str] | None = None) -> dict[Tool, tuple[Path, ...]]:
+    """Return where other tools keep their models, by their own variables and habits.
+
+    The folders may not be there. Sources: huggingface_hub constants.py; llama.cpp
+    common/hf-cache.cpp and common.cpp (fs_get_cache_directory); ollama envconfig/config.go;
+    lmstudio.js findLMStudioHome.ts; ramalama config.py.
+    """
+    env = os.environ if environ is None else environ
+    home = Path(env.get("HOME") or Path.home())
+    cache = Path(env.get("XDG_CACHE_HOME") or home / ".cache")
+    data = home / ".local" / "share"
+    llama_cache = _env_paths(env, "LLAMA_CACHE")
+    hub = _env_paths(env, "HF_HUB_CACHE") or _env_paths(env, "HUGGINGFACE_HUB_CACHE")
+    hub = hub or tuple(path / "hub" for path in _env_paths(env, "HF_HOME"))
+    ollama = _env_paths(env, "OLLAMA_MODELS") or (home / ".ollama" / "models",)
+    found: dict[Tool, tuple[Path, ...]] = {
+        # llama.cpp keeps its downloads in the same layout, in a folder of its own if asked to.
+        "huggingface": (*(hub or (cache / "huggingface" / "hub",)), *llama_cache),
+        "ollama": (*ollama, Path("/usr/share/ollama/.ollama/models")),
+        "lmstudio": _lmstudio_folders(home),
+        "llama.cpp": llama_cache
+        or (cache / "llama.cpp", home / "Library" / "Caches" / "llama.cpp"),
+        "ramalama": _env_paths(env, "RAMALAMA_STORE")
+        or (data / "ramalama", Path("/var/lib/ramalama")),
+    }
+    return {tool: tuple(dict.fromkeys(paths)) for tool, paths in found.items()}
+
+
+def _env_paths(env: Mapping[str, str], name: str) -> tuple[Path, ...]:
+    value = env.get(name)
+    return (Path(value).expanduser().absolute(),) if value else ()
+
+
+def _lmstudio_folders(home: Path) -> tuple[Path, ...]:
+    """Return LM Studio's model folders: the one that it is set to, and the older usual one."""
+    base = home / ".lmstudio"
+    chosen: tuple[Path, ...] = ()
+    try:
+        pointed = (home / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip()
+        base = Path(pointed) if pointed else base
+        settings = json.loads((base / "settings.json").read_text(encoding="utf-8"))
+        chosen = (Path(settings["downloadsFolder"]),)
+    except (OSError, ValueError, KeyError, TypeError):
+        # Not installed, or nothing chosen.
+        pass
+    return (*chosen, base / "models", home / ".cache" / "lm-studio" / "models")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -108,13 +108,13 @@ class Folders:
         return scan_folders(self.folders)
 
 
-def scan_folders(folders: Sequence[Path]) -> Scan:
-    """Return the GGUF files in `folders` and below, in a fixed order; blocking.
+def scan_folders(folders: Sequence[Path], *, is_flat: bool = False) -> Scan:
+    """Return the GGUF files in `folders`, and below unless `is_flat`, in a fixed order; blocking.
 
     Links are followed; each real folder is looked at once, so loops end. What starts with a
     dot is passed over. A "folder" may also be one GGUF file.
     """
-    walk = _Walk()
+    walk = _Walk(is_flat=is_flat)
     models: list[FoundModel] = []
     readable = []
     for folder in folders:
@@ -139,6 +139,8 @@ class _Listing:
 class _Walk:
     """A walk over several trees that remembers where it has been."""
 
+    # Sub-folders are not looked at.
+    is_flat: bool = False
     seen: set[tuple[int, int]] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     n_entries: int = 0
@@ -159,6 +161,8 @@ class _Walk:
             listing, below = self._list(folder)
             if listing is not None:
                 yield listing
+            if self.is_flat:
+                continue
             if below and depth == MAX_DEPTH:
                 self.problems.append(f"{folder}: folders more than {MAX_DEPTH} deep are left out")
             else:

@@ -106,7 +106,7 @@ class Store:
         self.root = root
         self._hook = hook
         self.blobs = Blobs(root, hook=hook)
-        self._manifest_folder = root / "manifests"
+        self.manifest_folder = root / "manifests"
         self._settings_folder = root / "settings"
         self._lock = threading.RLock()
         self._pins: Counter[str] = Counter()
@@ -155,6 +155,10 @@ class Store:
         """Return where a manifest's file lies."""
         return Path(file.path) if file.path else self.blobs.path(file.digest)
 
+    def path_of_manifest(self, manifest: Manifest) -> Path:
+        """Return where a manifest lies."""
+        return _file_of(self.manifest_folder, manifest.model_name)
+
     def put_manifest(self, manifest: Manifest) -> None:
         """Install a model, or put another in its place; its blobs are there already.
 
@@ -168,7 +172,7 @@ class Store:
         for file in manifest.files:
             self._check_file(file)
         with self._lock:
-            path = _file_of(self._manifest_folder, name)
+            path = _file_of(self.manifest_folder, name)
             disk.write_file(
                 path, encode_manifest(manifest), hook=lambda step: self._hook(f"manifest: {step}")
             )
@@ -207,7 +211,7 @@ class Store:
         """
         with self._lock:
             manifest = self._manifests.get(name)
-            path = _file_of(self._manifest_folder, name)
+            path = _file_of(self.manifest_folder, name)
             if manifest is None and path not in self._damaged:
                 raise NotFoundError(f"model '{name}' not found")
             # First, so that they never outlive the model and meet another of its name.
@@ -314,12 +318,12 @@ class Store:
 
     def _load(self) -> None:
         with disk.explained(self.root):
-            for folder in (self._manifest_folder, self._settings_folder):
+            for folder in (self.manifest_folder, self._settings_folder):
                 for path in sorted(folder.rglob(f"{disk.TEMPORARY}*")):
                     # Nobody else writes here: whoever did is dead.
                     path.unlink()
         self._manifests = MappingProxyType(
-            {m.model_name: m for _, m in self._read(self._manifest_folder, decode_manifest)}
+            {m.model_name: m for _, m in self._read(self.manifest_folder, decode_manifest)}
         )
         self._settings = MappingProxyType(dict(self._read(self._settings_folder, _decode_settings)))
 
@@ -330,7 +334,7 @@ class Store:
             try:
                 with disk.explained(path):
                     data = path.read_bytes()
-                yield _name_of(path), decode(data, path)
+                yield name_of_file(path), decode(data, path)
             except RegistryError as error:
                 self._damaged[path] = error.message
 
@@ -415,7 +419,8 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _name_of(path: Path) -> ModelName:
+def name_of_file(path: Path) -> ModelName:
+    """Return the name that a manifest or settings file is about."""
     return ModelName(path.parent.name.replace("%", "/"), path.name.removesuffix(".json"))
 
 
