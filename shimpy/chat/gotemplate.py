@@ -362,12 +362,15 @@ class _Run:
                 return self._printf(*values)
             if function in ("json", "toJson"):
                 return self._json(*values)
-            if function == "currentDate" and not values:
-                return self._now.strftime("%Y-%m-%d")
+            if function == "currentDate":
+                return self._date(*values)
             text = "".join(self._show(value) for value in values)
         except (TypeError, ValueError, LookupError) as error:
             raise TemplateFault(f"{function} can't be done: {error}") from error
         return text + ("\n" if function == "println" else "")
+
+    def _date(self) -> str:
+        return self._now.strftime("%Y-%m-%d")
 
     def _printf(self, pattern: str, *values: Any) -> str:
         pieces = pattern.split("%")

@@ -219,6 +219,8 @@ class _Compiler:
 
     def _any_of(self, schema: Schema, key: str, place: _Place) -> str:
         options = _list_of(schema[key], place.beside(key))
+        if not options:
+            raise place.beside(key).error("it is empty, so that no document is allowed")
         rest = {name: value for name, value in schema.items() if name != key}
         alone = not any(name in _CONSTRAINING for name in rest)
         names: list[str] = []
@@ -416,7 +418,7 @@ class _Compiler:
         required = _list_of(schema.get("required", []), place.beside("required"))
         if not all(isinstance(name, str) for name in required):
             raise place.beside("required").error("it is a list of names")
-        extra = schema.get("additionalProperties", "properties" not in schema and not required)
+        extra = schema.get("additionalProperties", "properties" not in schema)
         named = {name: properties.get(name, extra or True) for name in (*properties, *required)}
         low, high = self._counts(schema, "minProperties", "maxProperties", place)
         if not named:
