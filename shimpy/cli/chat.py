@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from shimpy.cli.output import waiting
 from shimpy.cli.printer import print_answer
 from shimpy.cli.run import parse_options
 from shimpy.client import Client
@@ -39,7 +40,8 @@ class Chat:
         """Load the model, then read, answer, and read again until /bye or Ctrl-D."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - importing it gives input() history and editing
-        self._client.load(self._request["model"], self._request.get("keep_alive"))
+        with waiting(f"loading {self._request['model']}"):
+            self._client.load(self._request["model"], self._request.get("keep_alive"))
         click.secho("Send a message (/? for help)", err=True, dim=True)
         while True:
             try:

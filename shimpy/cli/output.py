@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import click
+
+T = TypeVar("T")
 
 
 def print_json(value: Any) -> None:
@@ -33,3 +36,24 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def hint(text: str) -> None:
     """Tell the user something that is no data."""
     click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on a terminal what is waited for, as long as the block runs."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+def wait_for_first(items: Iterator[T], what: str) -> Iterator[T]:
+    """Yield the items; until the first is there, say on a terminal what is waited for."""
+    with waiting(what):
+        first = next(items, None)
+    if first is not None:
+        yield first
+        yield from items

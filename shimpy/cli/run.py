@@ -32,6 +32,7 @@ def command(
 ) -> None:
     """Run MODEL on PROMPT, on standard input, or in a chat when there is neither."""
     from shimpy.cli.autostart import connect
+    from shimpy.cli.output import wait_for_first
     from shimpy.cli.printer import print_answer
 
     request: dict[str, Any] = {"model": model, "options": parse_options(options)}
@@ -51,7 +52,7 @@ def command(
 
             Chat(client, request, hide_thinking=flags["hidethinking"]).run()
             return
-        chunks = client.generate({**request, "prompt": text})
+        chunks = wait_for_first(client.generate({**request, "prompt": text}), f"asking {model}")
         print_answer(chunks, hide_thinking=flags["hidethinking"], verbose=flags["verbose"])
 
 
