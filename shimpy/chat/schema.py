@@ -12,24 +12,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
 
-from shimpy.chat.gbnf import Rules, char_class, literal
+from shimpy.chat.gbnf import Rules, literal
+from shimpy.chat.members import key_except, members
 from shimpy.chat.merging import Conflict, merge_schemas
-from shimpy.chat.patterns import pattern_piece
-from shimpy.chat.ranges import Bounds, integer_rule, number_rule
+from shimpy.chat.places import Place, Schema, counts, list_of
+from shimpy.chat.scalars import number_or_integer_rule, repeat, string_rule
 from shimpy.errors import UserError
 
 MAX_DEPTH = 64
 MAX_NODES = 20_000
 MAX_ENUM = 5_000
-MAX_KEY_CHARS = 20_000
-
-Schema = Mapping[str, Any]
-
 _UNSUPPORTED = (
     "not",
     "if",
@@ -53,22 +48,6 @@ _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _APART = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const", "type", "nullable")
 _CONSTRAINING = frozenset(_APART).union(*_TELLING.values(), ("maxProperties", *_UNSUPPORTED))
 
-_DATE = (
-    '[0-9]{4} "-" (("0" [13578] | "1" [02]) "-" ("0" [1-9] | [12] [0-9] | "3" [01])'
-    ' | ("0" [469] | "11") "-" ("0" [1-9] | [12] [0-9] | "30")'
-    ' | "02-" ("0" [1-9] | "1" [0-9] | "2" [0-8]))'
-)
-_TIME = (
-    '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{1,9})?'
-    ' ("Z" | [+-] ([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9])'
-)
-_FORMATS = {
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f'{_DATE} "T" {_TIME}',
-    "uuid": 'hex{8} "-" hex{4} "-" hex{4} "-" hex{4} "-" hex{12}',
-}
-
 
 def schema_grammar(schema: object) -> str:
     """Return the GBNF for the JSON documents that a schema allows.
@@ -87,32 +66,7 @@ def add_schema(rules: Rules, schema: object) -> str:
     Raises:
         UserError: as schema_grammar.
     """
-    return _Compiler(rules, schema).compile(schema, _Place())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """Where in the schema we are."""
-
-    pointer: str = "#"
-    depth: int = 0
-    # The references that led here without a step into an object or array.
-    followed: tuple[str, ...] = ()
-
-    def inside(self, *keys: str | int) -> _Place:
-        """Return the place of a part that describes a part of the document."""
-        return _Place(pointer=self._to(keys), depth=self.depth + 1)
-
-    def beside(self, *keys: str | int) -> _Place:
-        """Return the place of a part that describes the same document."""
-        return _Place(pointer=self._to(keys), depth=self.depth + 1, followed=self.followed)
-
-    def _to(self, keys: Sequence[str | int]) -> str:
-        parts = (str(key).replace("~", "~0").replace("/", "~1") for key in keys)
-        return "/".join([self.pointer, *parts])
-
-    def error(self, why: str) -> UserError:
-        return UserError(f"the JSON schema can't be used at {self.pointer}: {why}")
+    return _Compiler(rules, schema).compile(schema, Place())
 
 
 class _Compiler:
@@ -122,7 +76,7 @@ class _Compiler:
         self._of_ref: dict[str, str] = {}
         self._n_nodes = 0
 
-    def compile(self, schema: object, place: _Place) -> str:
+    def compile(self, schema: object, place: Place) -> str:
         """Return the rule for the documents of a schema."""
         self._n_nodes += 1
         if self._n_nodes > MAX_NODES:
@@ -137,7 +91,7 @@ class _Compiler:
             raise place.error(f"a schema is an object, not {json.dumps(schema, default=str)[:80]}")
         return self._compile_object(schema, place)
 
-    def _compile_object(self, schema: Schema, place: _Place) -> str:
+    def _compile_object(self, schema: Schema, place: Place) -> str:
         for key in _UNSUPPORTED:
             if key in schema and not _is_harmless(key, schema):
                 raise place.beside(key).error(f"{key} is not supported")
@@ -157,7 +111,7 @@ class _Compiler:
 
     # --- references and combinations --------------------------------------------------------
 
-    def _reference(self, ref: object, place: _Place) -> str:
+    def _reference(self, ref: object, place: Place) -> str:
         place = place.beside("$ref")
         target = self._resolve(ref, place)
         ref = str(ref)
@@ -166,11 +120,11 @@ class _Compiler:
         if ref not in self._of_ref:
             name = self._rules.reserve(ref.rpartition("/")[2] or "ref")
             self._of_ref[ref] = name
-            at = _Place(pointer=ref, depth=place.depth, followed=(*place.followed, ref))
+            at = Place(pointer=ref, depth=place.depth, followed=(*place.followed, ref))
             self._rules.fill(name, self.compile(target, at))
         return self._of_ref[ref]
 
-    def _resolve(self, ref: object, place: _Place) -> object:
+    def _resolve(self, ref: object, place: Place) -> object:
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
             raise place.error(f"{ref!r} is not a reference within the schema, like #/$defs/name")
         target: Any = self._root
@@ -184,21 +138,21 @@ class _Compiler:
                 raise place.error(f"there is no {ref} in the schema")
         return target
 
-    def _flattened(self, schema: Schema, place: _Place) -> object:
+    def _flattened(self, schema: Schema, place: Place) -> object:
         """Return a schema with its reference and its allOf merged into it."""
         if place.depth > MAX_DEPTH:
             raise place.error(f"it is nested over {MAX_DEPTH} levels deep")
         rest = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
-        parts: list[tuple[object, _Place]] = []
+        parts: list[tuple[object, Place]] = []
         if "$ref" in schema:
             ref = schema["$ref"]
             target = self._resolve(ref, place.beside("$ref"))
             if ref in place.followed:
                 raise place.error(f"{ref} refers to itself without end")
-            at = _Place(pointer=str(ref), depth=place.depth + 1, followed=(*place.followed, ref))
+            at = Place(pointer=str(ref), depth=place.depth + 1, followed=(*place.followed, ref))
             parts.append((target, at))
         if "allOf" in schema:
-            options = _list_of(schema["allOf"], place.beside("allOf"))
+            options = list_of(schema["allOf"], place.beside("allOf"))
             parts += [(part, place.beside("allOf", i)) for i, part in enumerate(options)]
         merged: object = rest
         for part, at in parts:
@@ -207,7 +161,7 @@ class _Compiler:
             merged = self._merged(merged, part, at)
         return merged
 
-    def _merged(self, first: object, second: object, place: _Place) -> object:
+    def _merged(self, first: object, second: object, place: Place) -> object:
         if second is True or first is True:
             return first if second is True else second
         if not isinstance(first, Mapping) or not isinstance(second, Mapping):
@@ -217,8 +171,8 @@ class _Compiler:
         except Conflict as conflict:
             raise place.error(str(conflict)) from conflict
 
-    def _any_of(self, schema: Schema, key: str, place: _Place) -> str:
-        options = _list_of(schema[key], place.beside(key))
+    def _any_of(self, schema: Schema, key: str, place: Place) -> str:
+        options = list_of(schema[key], place.beside(key))
         if not options:
             raise place.beside(key).error("it is empty, so that no document is allowed")
         rest = {name: value for name, value in schema.items() if name != key}
@@ -243,11 +197,9 @@ class _Compiler:
 
     # --- values and types -------------------------------------------------------------------
 
-    def _enum(self, schema: Schema, place: _Place) -> str:
+    def _enum(self, schema: Schema, place: Place) -> str:
         key = "const" if "const" in schema else "enum"
-        values = (
-            [schema["const"]] if key == "const" else _list_of(schema["enum"], place.beside(key))
-        )
+        values = [schema["const"]] if key == "const" else list_of(schema["enum"], place.beside(key))
         if len(values) > MAX_ENUM:
             raise place.beside(key).error(f"it has {len(values)} values; the limit is {MAX_ENUM}")
         types = self._types(schema, place) if "type" in schema else _TYPES
@@ -260,13 +212,13 @@ class _Compiler:
             raise place.beside(key).error("none of its values is of the type")
         return self._rules.add("enum", " | ".join(literal(text) for text in dict.fromkeys(texts)))
 
-    def _by_type(self, schema: Schema, place: _Place) -> str:
+    def _by_type(self, schema: Schema, place: Place) -> str:
         names = [self._of_type(kind, schema, place) for kind in self._types(schema, place)]
         if len(names) == 1:
             return names[0]
         return self._rules.add("types", " | ".join(dict.fromkeys(names)))
 
-    def _types(self, schema: Schema, place: _Place) -> Sequence[str]:
+    def _types(self, schema: Schema, place: Place) -> Sequence[str]:
         kinds = schema.get("type")
         if kinds is None:
             kinds = [kind for kind, keys in _TELLING.items() if any(k in schema for k in keys)]
@@ -280,101 +232,23 @@ class _Compiler:
             kinds = [kind for kind in kinds if kind != "integer"]
         return [*kinds, "null"] if schema.get("nullable") is True else kinds
 
-    def _of_type(self, kind: str, schema: Schema, place: _Place) -> str:
+    def _of_type(self, kind: str, schema: Schema, place: Place) -> str:
         match kind:
             case "object":
                 return self._object(schema, place)
             case "array":
                 return self._array(schema, place)
             case "string":
-                return self._string(schema, place)
+                return string_rule(self._rules, schema, place)
             case "integer" | "number":
-                return self._number(kind, schema, place)
+                return number_or_integer_rule(self._rules, kind, schema, place)
             case _:
                 return kind
 
-    def _string(self, schema: Schema, place: _Place) -> str:
-        low, high = self._counts(schema, "minLength", "maxLength", place)
-        if "pattern" in schema:
-            return self._pattern(schema["pattern"], low, high, place.beside("pattern"))
-        known = schema.get("format")
-        if isinstance(known, str) and known in _FORMATS:
-            return self._rules.add(known, f'"\\"" {_FORMATS[known]} "\\""')
-        if not low and high is None:
-            return "string"
-        return self._rules.add("str", f'"\\"" {self._repeat("char", low, high, place)} "\\""')
-
-    def _pattern(self, pattern: object, low: int, high: int | None, place: _Place) -> str:
-        if not isinstance(pattern, str):
-            raise place.error("a pattern is a string")
-        try:
-            piece = pattern_piece(self._rules, pattern)
-        except ValueError as error:
-            raise place.error(str(error)) from error
-        if piece.low < low or (high is not None and (piece.high is None or piece.high > high)):
-            raise place.error(
-                f"it matches texts of {piece.low} to {piece.high or 'any number of'} characters, "
-                "beyond minLength and maxLength: say the length in the pattern"
-            )
-        return self._rules.add("pattern", f'"\\"" {piece.text} "\\""')
-
-    def _number(self, kind: str, schema: Schema, place: _Place) -> str:
-        bounds = Bounds()
-        low, low_open = self._bound(schema, "minimum", "exclusiveMinimum", place)
-        high, high_open = self._bound(schema, "maximum", "exclusiveMaximum", place)
-        if low is None and high is None:
-            return kind
-        bounds = Bounds(low=low, high=high, low_open=low_open, high_open=high_open)
-        make = integer_rule if kind == "integer" else number_rule
-        try:
-            return make(self._rules, bounds)
-        except ValueError as error:
-            raise place.error(str(error)) from error
-
-    def _bound(
-        self, schema: Schema, closed: str, opened: str, place: _Place
-    ) -> tuple[Fraction | None, bool]:
-        """Return a bound and whether it is left out itself; of two the tighter one."""
-        sign = 1 if closed == "minimum" else -1
-        found = []
-        for key in (closed, opened):
-            value = schema.get(key)
-            if value is None or (key == opened and isinstance(value, bool)):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise place.beside(key).error("a bound is a number")
-            try:
-                found.append((sign * Fraction(str(value)), key == opened))
-            except ValueError as error:
-                raise place.beside(key).error("a bound is a finite number") from error
-        if not found:
-            return None, False
-        bound, is_open = max(found)
-        return sign * bound, is_open or schema.get(opened) is True
-
-    def _counts(
-        self, schema: Schema, low_key: str, high_key: str, place: _Place
-    ) -> tuple[int, int | None]:
-        for key in (low_key, high_key):
-            value = schema.get(key)
-            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-            if value is not None and (isinstance(value, bool) or not whole or value < 0):
-                raise place.beside(key).error("it is a whole number from 0 on")
-        low, high = int(schema.get(low_key) or 0), schema.get(high_key)
-        if high is not None and high < low:
-            raise place.beside(high_key).error(f"it is below {low_key}, which is {low}")
-        return low, None if high is None else int(high)
-
-    def _repeat(self, item: str, low: int, high: int | None, place: _Place) -> str:
-        try:
-            return self._rules.repeat(item, low, high)
-        except ValueError as error:
-            raise place.error(str(error)) from error
-
     # --- arrays -----------------------------------------------------------------------------
 
-    def _array(self, schema: Schema, place: _Place) -> str:
-        low, high = self._counts(schema, "minItems", "maxItems", place)
+    def _array(self, schema: Schema, place: Place) -> str:
+        low, high = counts(schema, "minItems", "maxItems", place)
         items, prefix, prefix_key = (
             schema.get("items", True),
             schema.get("prefixItems"),
@@ -390,7 +264,7 @@ class _Compiler:
             return self._rules.add("list", f'"[" ws {self._listed(item, low, high, place)} "]"')
         parts = [
             self.compile(part, place.inside(prefix_key, i))
-            for i, part in enumerate(_list_of(prefix, place.beside(prefix_key))[:high])
+            for i, part in enumerate(list_of(prefix, place.beside(prefix_key))[:high])
         ]
         body = ' "," ws '.join(parts)
         wants_more = low > len(parts) or (items not in (True, False) and high != len(parts))
@@ -400,27 +274,27 @@ class _Compiler:
             item = self.compile(items, place.inside("items"))
             rest = None if high is None else high - len(parts)
             n_more = max(0, low - len(parts))
-            body += " " + self._repeat(f'("," ws {item})', n_more, rest, place)
+            body += " " + repeat(self._rules, f'("," ws {item})', n_more, rest, place)
         return self._rules.add("tuple", f'"[" ws {body} ws "]"')
 
-    def _listed(self, item: str, low: int, high: int | None, place: _Place) -> str:
+    def _listed(self, item: str, low: int, high: int | None, place: Place) -> str:
         rest = None if high is None else high - 1
-        more = self._repeat(f'("," ws {item})', max(0, low - 1), rest, place)
+        more = repeat(self._rules, f'("," ws {item})', max(0, low - 1), rest, place)
         body = f"{item} {more} ws"
         return body if low else f"({body})?"
 
     # --- objects ----------------------------------------------------------------------------
 
-    def _object(self, schema: Schema, place: _Place) -> str:
+    def _object(self, schema: Schema, place: Place) -> str:
         properties = schema.get("properties", {})
         if not isinstance(properties, Mapping):
             raise place.beside("properties").error("it is an object of schemas")
-        required = _list_of(schema.get("required", []), place.beside("required"))
+        required = list_of(schema.get("required", []), place.beside("required"))
         if not all(isinstance(name, str) for name in required):
             raise place.beside("required").error("it is a list of names")
         extra = schema.get("additionalProperties", "properties" not in schema)
         named = {name: properties.get(name, extra or True) for name in (*properties, *required)}
-        low, high = self._counts(schema, "minProperties", "maxProperties", place)
+        low, high = counts(schema, "minProperties", "maxProperties", place)
         if not named:
             return self._map(schema, extra, (low, high), place)
         if extra is False and (missing := [n for n in required if n not in properties]):
@@ -437,37 +311,21 @@ class _Compiler:
         }
         other = ""
         if extra is not False:
-            key = self._key_except(tuple(named), place)
+            try:
+                key = key_except(self._rules, named)
+            except ValueError as error:
+                raise place.error(str(error)) from error
             other = self._pair(key, extra, place, "additionalProperties")
-        members = self._members(names, frozenset(required), other)
-        return self._rules.add("obj", f'"{{" ws {members} ws "}}"')
+        body = members(self._rules, names, frozenset(required), other)
+        return self._rules.add("obj", f'"{{" ws {body} ws "}}"')
 
-    def _pair(self, key: str, schema: object, place: _Place, name: str) -> str:
+    def _pair(self, key: str, schema: object, place: Place, name: str) -> str:
         where = (name,) if name == "additionalProperties" else ("properties", name)
         value = self.compile(schema, place.inside(*where))
         return self._rules.add(name, f'{key} ":" ws {value}')
 
-    def _members(self, pairs: Mapping[str, str], required: frozenset[str], other: str) -> str:
-        """Return the pairs in their order, those that aren't required left out at will.
-
-        From the back to the front there are two expressions for what follows: `after` where a
-        pair was written, so that it begins with a comma, and `first` where none was.
-        """
-        after = f'("," ws {other})*' if other else ""
-        first = f"({other} {after})?" if other else ""
-        for name in reversed(tuple(pairs)):
-            follow = self._rules.add("follow", after) if after else ""
-            written = f"{pairs[name]} {follow}".rstrip()
-            if name in required:
-                first, after = written, f'"," ws {written}'
-            else:
-                rest = self._rules.add("first", first) if first else '""'
-                first = f"({written} | {rest})"
-                after = f'("," ws {pairs[name]})? {follow}'.rstrip()
-        return first
-
     def _map(
-        self, schema: Schema, extra: object, counts: tuple[int, int | None], place: _Place
+        self, schema: Schema, extra: object, counts: tuple[int, int | None], place: Place
     ) -> str:
         low, high = counts
         if extra is False or high == 0:
@@ -481,38 +339,9 @@ class _Compiler:
         pair = self._pair(key, extra, place, "additionalProperties")
         return self._rules.add("map", f'"{{" ws {self._listed(pair, low, high, place)} "}}"')
 
-    def _key_except(self, names: Sequence[str], place: _Place) -> str:
-        """Return a rule for any key but these: a tree of their beginnings."""
-        texts = [json.dumps(name, ensure_ascii=False)[1:-1] for name in names]
-        if sum(map(len, texts)) > MAX_KEY_CHARS:
-            raise place.error(f"the names of its properties have over {MAX_KEY_CHARS} characters")
-        tree: dict[str, Any] = {}
-        for text in texts:
-            node = tree
-            for c in text:
-                node = node.setdefault(c, {})
-            node[""] = {}
-        return self._rules.add("key", f'"\\"" {self._key_rest(tree)}')
-
-    def _key_rest(self, tree: Mapping[str, Any]) -> str:
-        children = {c: node for c, node in tree.items() if c}
-        excluded = {0x22, 0x5C, 0x7F, *map(ord, children)}
-        other = char_class([(0, 0x1F), *((code, code) for code in sorted(excluded))], negated=True)
-        options = [f"{literal(c)} {self._key_rest(node)}" for c, node in children.items()]
-        options.append(f'{other} char* "\\""')
-        if "" not in tree:
-            options.append('"\\""')
-        return self._rules.add("key", " | ".join(options))
-
 
 def _is_harmless(key: str, schema: Schema) -> bool:
     return key == "multipleOf" and schema[key] == 1 and schema.get("type") == "integer"
-
-
-def _list_of(value: object, place: _Place) -> list[Any]:
-    if not isinstance(value, list):
-        raise place.error("it is a list")
-    return value
 
 
 def _is_of_type(value: object, kind: str) -> bool:
