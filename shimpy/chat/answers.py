@@ -22,13 +22,14 @@ def json_answer(
     chat_format: ChatFormat,
     *,
     schema: object = None,
+    tools: Sequence[ToolSpec] = (),
     prompt: str = "",
     allow_thinking: bool = True,
 ) -> str:
     """Return the grammar of an answer that is JSON by a schema; None: any JSON object.
 
-    `prompt` is the rendered prompt, which may end inside a thought; without `allow_thinking`
-    a thought is let through only there.
+    Where there are `tools` it may be a call instead. `prompt` is the rendered prompt, which may
+    end inside a thought; without `allow_thinking` a thought is let through only there.
 
     Raises:
         UserError: a part of the schema can't be compiled; the message names it.
@@ -37,6 +38,8 @@ def json_answer(
     body = add_schema(rules, _ANY_OBJECT if schema is None else schema)
     if chat_format.kind == "harmony" and not _in_harmony_message(prompt):
         body = f"{literal('<|channel|>final<|message|>')} {body}"
+    if tools:
+        body = f"({body} | {_calls(rules, tools, chat_format)})"
     return _after_thought(rules, body, chat_format, prompt, allow_thinking=allow_thinking)
 
 
@@ -58,9 +61,12 @@ def call_answer(
         known = ", ".join(tool.name for tool in tools) or "none"
         raise UserError(f"there is no tool named {name!r}; the tools are: {known}")
     rules = Rules()
-    calls = [_call(rules, tool, chat_format) for tool in chosen]
-    body = rules.add("call", " | ".join(calls))
+    body = _calls(rules, chosen, chat_format)
     return _after_thought(rules, body, chat_format, prompt, allow_thinking=allow_thinking)
+
+
+def _calls(rules: Rules, tools: Sequence[ToolSpec], chat_format: ChatFormat) -> str:
+    return rules.add("call", " | ".join(_call(rules, tool, chat_format) for tool in tools))
 
 
 def _call(rules: Rules, tool: ToolSpec, chat_format: ChatFormat) -> str:

@@ -50,6 +50,8 @@ class Finished:
     n_prompt: int
     n_cached: int
     n_generated: int
+    # Of the generated tokens, those of thoughts.
+    n_thinking: int
     prefill_s: float
     decode_s: float
     load_s: float

@@ -20,7 +20,6 @@ from typing import assert_never
 from shimpy.chat import events as chat
 from shimpy.chat.events import OutputEvent
 from shimpy.chat.messages import ToolCall
-from shimpy.chat.parser import OutputParser
 from shimpy.errors import NotFoundError, StoppingError
 from shimpy.placement.placement import PlanOptions
 from shimpy.protocol.messages import Delta, Done, Prefilled, TokenLogprob
@@ -35,10 +34,11 @@ from shimpy.server.events import (
     ToolCallMade,
 )
 from shimpy.server.options import Options
-from shimpy.server.prompts import prepare
+from shimpy.server.prompts import Prepared, prepare
 from shimpy.server.record import Record
 from shimpy.server.requests import GenerationRequest
 from shimpy.server.services import Services
+from shimpy.server.settings import keep_alive_of, plan_options, with_settings
 
 
 async def run_generation(
@@ -54,37 +54,58 @@ async def run_generation(
     """
     arrived_s = time.monotonic()
     model = await find_model(services, request.model, record)
-    card = await services.cards.get(model)
-    prepared = await asyncio.to_thread(prepare, request, model, card, datetime.now().astimezone())
+    prepared = await prepare_request(services, model, request)
     async with acquire(services, model, request.options, request.keep_alive_s, record) as lease:
-        answer = _Answer(prepared.parser)
-        async with aclosing(lease.generate(prepared.submit)) as mails:
-            async for mail in mails:
-                match mail:
-                    case Prefilled():
-                        record.n_prompt, record.n_cached = mail.n_prompt, mail.n_cached
-                        yield Started(n_prompt=mail.n_prompt, n_cached=mail.n_cached)
-                    case Delta():
-                        if record.first_token_s is None:
-                            record.first_token_s = time.monotonic() - arrived_s
-                        record.n_generated = (record.n_generated or 0) + mail.n_tokens
-                        for event in answer.take(mail):
-                            yield event
-                    case Done():
-                        for event in answer.finish():
-                            yield event
-                        yield _finish(mail, lease, record, time.monotonic() - arrived_s)
-                    case _:
-                        assert_never(mail)
+        answer = generate_on(lease, prepared, record, arrived_s)
+        async with aclosing(answer) as events:
+            async for event in events:
+                yield event
+
+
+async def prepare_request(services: Services, model: Model, request: GenerationRequest) -> Prepared:
+    """Return what the worker is told; errors as `prompts.prepare`."""
+    card = await services.cards.get(model)
+    asked, now = with_settings(request, model), datetime.now().astimezone()
+    return await asyncio.to_thread(prepare, asked, model, card, now)
+
+
+async def generate_on(
+    lease: Lease, prepared: Prepared, record: Record, arrived_s: float
+) -> AsyncGenerator[Event, None]:
+    """Yield the events of one answer under a lease; errors as `Lease.generate`."""
+    answer = _Answer(prepared)
+    async with aclosing(lease.generate(prepared.submit)) as mails:
+        async for mail in mails:
+            match mail:
+                case Prefilled():
+                    record.n_prompt, record.n_cached = mail.n_prompt, mail.n_cached
+                    yield Started(n_prompt=mail.n_prompt, n_cached=mail.n_cached)
+                case Delta():
+                    if record.first_token_s is None:
+                        record.first_token_s = time.monotonic() - arrived_s
+                    record.n_generated = (record.n_generated or 0) + mail.n_tokens
+                    for event in answer.take(mail):
+                        yield event
+                case Done():
+                    for event in answer.finish():
+                        yield event
+                    total_s = time.monotonic() - arrived_s
+                    yield _finish(mail, answer, lease, record, total_s)
+                case _:
+                    assert_never(mail)
 
 
 class _Answer:
     """Turns the worker's text into events; logprobs go with the first text after them."""
 
-    def __init__(self, parser: OutputParser | None) -> None:
-        self._parser = parser
+    def __init__(self, prepared: Prepared) -> None:
+        self._parser = prepared.make_parser()
+        self._one_call = prepared.one_call
         self._logprobs: list[TokenLogprob] = []
         self._n_calls = 0
+        # Tokens whose text the parser has held back so far.
+        self._n_held = 0
+        self.n_thinking = 0
 
     def take(self, delta: Delta) -> list[Event]:
         """Return what is certain after more text."""
@@ -94,13 +115,23 @@ class _Answer:
             parsed = self._parser.push(delta.text)
         else:
             parsed = [chat.ContentDelta(delta.text)] if delta.text or delta.logprobs else []
-        return [self._event(one) for one in parsed]
+        self._n_held += delta.n_tokens
+        return self._events(parsed)
 
     def finish(self) -> list[Event]:
         """Return what the parser held back."""
-        return [] if self._parser is None else [self._event(e) for e in self._parser.finish()]
+        return [] if self._parser is None else self._events(self._parser.finish())
 
-    def _event(self, parsed: OutputEvent) -> Event:
+    def _events(self, parsed: list[OutputEvent]) -> list[Event]:
+        if parsed:
+            # By length: which token wrote which character is not known here.
+            n_all = sum(map(_n_chars, parsed))
+            thought = sum(_n_chars(e) for e in parsed if isinstance(e, chat.ThinkingDelta))
+            self.n_thinking += round(self._n_held * thought / n_all) if n_all else 0
+            self._n_held = 0
+        return [event for one in parsed if (event := self._event(one)) is not None]
+
+    def _event(self, parsed: OutputEvent) -> Event | None:
         match parsed:
             case chat.ContentDelta(text=text):
                 return ContentDelta(text=text, logprobs=self._take_logprobs())
@@ -108,6 +139,8 @@ class _Answer:
                 return ThinkingDelta(text=text, logprobs=self._take_logprobs())
             case ToolCall():
                 self._n_calls += 1
+                if self._one_call and self._n_calls > 1:
+                    return None
                 return ToolCallMade(index=self._n_calls - 1, call=parsed)
             case _:
                 assert_never(parsed)
@@ -116,6 +149,10 @@ class _Answer:
         taken = tuple(self._logprobs)
         self._logprobs.clear()
         return taken
+
+
+def _n_chars(parsed: OutputEvent) -> int:
+    return 1 if isinstance(parsed, ToolCall) else len(parsed.text)
 
 
 async def load_model(services: Services, request: GenerationRequest, record: Record) -> None:
@@ -164,15 +201,17 @@ async def acquire(
     record: Record,
 ) -> AsyncIterator[Lease]:
     """Hold a model loaded; `record` learns what the wait was for. Errors as for the scheduler."""
-    plan_options = PlanOptions(n_ctx=options.n_ctx, n_gpu_layers=options.n_gpu_layers)
+    asked = PlanOptions(n_ctx=options.n_ctx, n_gpu_layers=options.n_gpu_layers)
     asked_s = time.monotonic()
-    async with services.scheduler.acquire(model, plan_options, keep_alive=keep_alive_s) as lease:
+    async with services.scheduler.acquire(
+        model, plan_options(model, asked), keep_alive=keep_alive_of(model, keep_alive_s)
+    ) as lease:
         record.acquire_s = time.monotonic() - asked_s
         record.load_s = lease.load_s
         yield lease
 
 
-def _finish(done: Done, lease: Lease, record: Record, total_s: float) -> Finished:
+def _finish(done: Done, answer: _Answer, lease: Lease, record: Record, total_s: float) -> Finished:
     if done.reason == "cancelled":
         # Nobody here asked for it: the worker is being stopped.
         raise StoppingError("the model was unloaded in the middle of the answer")
@@ -185,6 +224,7 @@ def _finish(done: Done, lease: Lease, record: Record, total_s: float) -> Finishe
         n_prompt=done.n_prompt,
         n_cached=done.n_cached,
         n_generated=done.n_generated,
+        n_thinking=answer.n_thinking,
         prefill_s=done.prefill_s,
         decode_s=done.decode_s,
         load_s=lease.load_s,

@@ -7,12 +7,16 @@ in a thread.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from shimpy.chat.answers import json_answer
+import msgspec
+
+from shimpy.chat.answers import call_answer, json_answer
 from shimpy.chat.fim import fim_prompt
 from shimpy.chat.formats import ChatFormat, choose_format
+from shimpy.chat.messages import ToolSpec
 from shimpy.chat.parser import OutputParser, make_parser
 from shimpy.chat.rendered import Rendered
 from shimpy.chat.schema import schema_grammar
@@ -20,7 +24,14 @@ from shimpy.errors import UnsupportedError
 from shimpy.protocol.messages import PromptPart, Submit, Text, Tokens
 from shimpy.registry.model import Model
 from shimpy.server.cards import ModelCard
-from shimpy.server.requests import ChatPrompt, GapPrompt, GenerationRequest, PlainPrompt
+from shimpy.server.requests import (
+    ChatPrompt,
+    GapPrompt,
+    GenerationRequest,
+    PlainPrompt,
+    TokenPrompt,
+    ToolChoice,
+)
 
 # Ollama's.
 DEFAULT_N_KEEP = 4
@@ -32,8 +43,18 @@ class Prepared:
 
     # Its `request` is chosen by the lease.
     submit: Submit
-    # None: the answer is content from end to end.
-    parser: OutputParser | None
+    # Makes a parser for one answer; it gives None where that is content from end to end.
+    make_parser: Callable[[], OutputParser | None]
+    # Calls after the first are left out.
+    one_call: bool = False
+
+    def choice(self, index: int) -> Prepared:
+        """Return the same for another answer to it: a given seed is counted up."""
+        sampling = self.submit.sampling
+        if not index or sampling.seed is None:
+            return self
+        other = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**32)
+        return replace(self, submit=msgspec.structs.replace(self.submit, sampling=other))
 
 
 def prepare(request: GenerationRequest, model: Model, card: ModelCard, now: datetime) -> Prepared:
@@ -43,6 +64,8 @@ def prepare(request: GenerationRequest, model: Model, card: ModelCard, now: date
         UnsupportedError: the model lacks a capability that the request needs.
         UserError: the template refuses the conversation, or the format can't be compiled.
     """
+    if request.think_is_hint and not card.template.supports_thinking:
+        request = replace(request, think=None)
     check_capabilities(request, model, card)
     form = _render(request, card, now)
     options = request.options
@@ -60,7 +83,12 @@ def prepare(request: GenerationRequest, model: Model, card: ModelCard, now: date
         return_tokens=request.wants_tokens,
         show_special=form.chat_format is not None and form.chat_format.show_special,
     )
-    return Prepared(submit=submit, parser=_parser_of(request, form))
+    prompt = request.prompt
+    return Prepared(
+        submit=submit,
+        make_parser=lambda: _parser_of(request, form),
+        one_call=isinstance(prompt, ChatPrompt) and not prompt.tool_choice.allows_several,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +129,8 @@ def _render(request: GenerationRequest, card: ModelCard, now: datetime) -> _Form
             has_bos = bool(card.bos_text) and text.startswith(card.bos_text)
             parts: list[PromptPart] = [Text(text, parse_special=True)]
             return _Form(rendered=Rendered(parts=parts, add_bos=not has_bos))
+        case TokenPrompt(ids=ids):
+            return _Form(rendered=Rendered(parts=[Tokens(list(ids))], add_bos=False))
         case GapPrompt(prefix=prefix, suffix=suffix):
             parts = fim_prompt(prefix, suffix, roles=card.fim_roles)
             return _Form(rendered=Rendered(parts=parts))
@@ -118,10 +148,13 @@ def _render_chat(
         # A model without a template: its prompt is the text alone, as in Ollama.
         text = "\n\n".join(message.content for message in prompt.messages)
         return _Form(rendered=_continued(Rendered(parts=[Text(text)]), prompt))
-    rendered = template.render(prompt.messages, now=now, tools=prompt.tools, think=request.think)
+    tools = prompt.offered_tools
+    rendered = template.render(
+        prompt.messages, now=now, tools=tools, think=request.think, variables=prompt.variables
+    )
     return _Form(
         rendered=_continued(rendered, prompt),
-        chat_format=choose_format(template, with_tools=bool(prompt.tools)),
+        chat_format=choose_format(template, with_tools=bool(tools)),
     )
 
 
@@ -138,7 +171,7 @@ def _parser_of(request: GenerationRequest, form: _Form) -> OutputParser | None:
     return make_parser(
         form.chat_format,
         prompt=form.rendered.text,
-        tools=request.prompt.tools if isinstance(request.prompt, ChatPrompt) else (),
+        tools=_tools_of(request),
         call_id=f"call_{secrets.token_hex(4)}_",
     )
 
@@ -147,9 +180,21 @@ def grammar_of(request: GenerationRequest, form: _Form) -> str | None:
     """Return the grammar that the answer must follow; None: free text.
 
     Raises:
-        UserError: a part of the schema can't be compiled; the message names it.
+        UserError: a part of the schema can't be compiled, or there is no such tool; the message
+            names it.
     """
-    wanted = request.output_format
+    if request.grammar is not None:
+        return request.grammar
+    tools, wanted = _tools_of(request), request.output_format
+    choice = request.prompt.tool_choice if isinstance(request.prompt, ChatPrompt) else ToolChoice()
+    if form.chat_format is not None and choice.mode == "required":
+        return call_answer(
+            form.chat_format,
+            tools,
+            name=choice.name or None,
+            prompt=form.rendered.text,
+            allow_thinking=request.think is not False,
+        )
     if wanted is None:
         return None
     if form.chat_format is None:
@@ -157,6 +202,11 @@ def grammar_of(request: GenerationRequest, form: _Form) -> str | None:
     return json_answer(
         form.chat_format,
         schema=None if wanted == "json" else wanted,
+        tools=tools,
         prompt=form.rendered.text,
         allow_thinking=request.think is not False,
     )
+
+
+def _tools_of(request: GenerationRequest) -> tuple[ToolSpec, ...]:
+    return request.prompt.offered_tools if isinstance(request.prompt, ChatPrompt) else ()

@@ -21,6 +21,13 @@ class PlainPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPrompt:
+    """Tokens as the client gave them: no template, and no start token before them."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GapPrompt:
     """Text before and after a gap that the model fills by its own fill-in-the-middle tokens."""
 
@@ -29,20 +36,39 @@ class GapPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolChoice:
+    """Whether the model may, must or must not call the tools that it is offered."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    # The tool that has to be called, where one is required; "": any.
+    name: str = ""
+    # One answer may make several calls; False: what comes after the first is left out.
+    allows_several: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
     """A conversation, rendered by the model's template, or by the request's own."""
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[ToolSpec, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
     # Tokens of an earlier answer that this turn follows.
     context: tuple[int, ...] = ()
     # Jinja.
     template: str | None = None
+    # More values for the template, as llama.cpp's chat_template_kwargs.
+    variables: Mapping[str, Any] = field(default_factory=dict)
     # A single prompt: a model without a template gets it as it is.
     is_one_turn: bool = False
 
+    @property
+    def offered_tools(self) -> tuple[ToolSpec, ...]:
+        """The tools that the model gets to know of."""
+        return () if self.tool_choice.mode == "none" else self.tools
 
-Prompt = PlainPrompt | GapPrompt | ChatPrompt
+
+Prompt = PlainPrompt | TokenPrompt | GapPrompt | ChatPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +80,12 @@ class GenerationRequest:
     options: Options = field(default_factory=Options)
     # "json", a JSON schema, or None for free text.
     output_format: Literal["json"] | Mapping[str, Any] | None = None
+    # GBNF that the whole answer follows; it wins over `output_format` and the tools.
+    grammar: str | None = None
     keep_alive_s: float | None = None
     think: Think = None
+    # A model that can't think answers without; else that is an error.
+    think_is_hint: bool = False
     # A prompt over the context is cut in its middle; else it is an error.
     truncate: bool = False
     # Generation goes on past a full context, forgetting its beginning.
