@@ -11,17 +11,21 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from aiohttp import web
 
-from shimpy.config import Config
+from shimpy.config import Config, Tool, tool_folders
 from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.probe import probe_hardware
+from shimpy.registry.own import BuiltIn, StoreModels
 from shimpy.registry.registry import Registry
+from shimpy.registry.store import Store
+from shimpy.registry.tools import tool_sources
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.server.app import make_app
 from shimpy.server.cards import ModelCards
@@ -44,10 +48,16 @@ async def serve(config: Config, *, announce: Callable[[str], None] | None = None
 
     Raises:
         UserError: the address can't be listened on; says why.
+        StoreLockedError: another daemon owns the store.
     """
     await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
-    registry = Registry(config.model_dirs, index_path=config.state_dir / "index.sqlite")
-    fresh = FreshRegistry(registry)
+    with await asyncio.to_thread(Store, config.data_dir / "store") as store:
+        await _serve(config, store, announce)
+    _log.info("stopped")
+
+
+async def _serve(config: Config, store: Store, announce: Callable[[str], None] | None) -> None:
+    fresh = FreshRegistry(make_registry(config, store, tool_folders()))
     machine = Machine(make_probe(config))
     host, port = split_bind(config.bind)
     sockets = await open_sockets(host, port)
@@ -56,6 +66,7 @@ async def serve(config: Config, *, announce: Callable[[str], None] | None = None
             services = Services(
                 config=config,
                 registry=fresh,
+                store=store,
                 scheduler=scheduler,
                 cards=ModelCards(),
                 machine=machine,
@@ -72,7 +83,17 @@ async def serve(config: Config, *, announce: Callable[[str], None] | None = None
     finally:
         for sock in sockets:
             sock.close()
-    _log.info("stopped")
+
+
+def make_registry(config: Config, store: Store, folders: Mapping[Tool, Sequence[Path]]) -> Registry:
+    """Return the registry over all sources of models; `folders` are other tools'."""
+    return Registry(
+        config.model_dirs,
+        index_path=config.state_dir / "index.sqlite",
+        before=[BuiltIn(), StoreModels(store)],
+        after=tool_sources({tool: folders[tool] for tool in config.stores}),
+        settings=store.settings,
+    )
 
 
 def make_probe(config: Config) -> Callable[[], Hardware]:

@@ -13,6 +13,7 @@ from shimpy.placement.placement import PlanOptions
 from shimpy.registry.model import Model
 from shimpy.scheduler.scheduler import with_defaults
 from shimpy.server.services import Services
+from shimpy.server.settings import plan_options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,5 +40,5 @@ async def plan_model(
     wish = supposed or Supposition()
     actual = await asyncio.to_thread(services.machine.probe)
     hardware = suppose(actual, vram_bytes=wish.vram_bytes, ram_bytes=wish.ram_bytes)
-    options = with_defaults(wish.options, services.config)
+    options = with_defaults(plan_options(model, wish.options), services.config)
     return plan_to_json(plan_report(str(model.name), model.shape, hardware, options))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from shimpy.config import Config
+from shimpy.registry.store import Store
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.server.cards import ModelCards
 from shimpy.server.freshness import FreshRegistry
@@ -62,6 +63,7 @@ class Services:
 
     config: Config
     registry: FreshRegistry
+    store: Store
     scheduler: Scheduler
     cards: ModelCards
     machine: Machine

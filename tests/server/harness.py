@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from aiohttp import web
 
 from shimpy.config import Config
 from shimpy.placement.hardware import Hardware, Host
+from shimpy.registry.own import StoreModels
 from shimpy.registry.registry import Registry
+from shimpy.registry.store import Store
 from shimpy.scheduler.scheduler import ENGINE_ARGV, Scheduler
 from shimpy.server.app import make_app
 from shimpy.server.cards import ModelCards
@@ -47,6 +50,13 @@ class Running:
 
 
 @asynccontextmanager
+async def open_store(root: Path) -> AsyncIterator[Store]:
+    """Own a store; its disk work is not the loop's."""
+    with await asyncio.to_thread(Store, root) as store:
+        yield store
+
+
+@asynccontextmanager
 async def running_app(
     folder: Path,
     state: Path,
@@ -58,12 +68,21 @@ async def running_app(
     config = Config(
         **{"n_threads": 1, "n_ctx": 2048, "n_slots": 8, "model_dirs": (folder,)} | settings
     )
-    registry = FreshRegistry(Registry(config.model_dirs, index_path=state / "index.sqlite"))
     machine = Machine(lambda: MACHINE)
-    async with Scheduler(config, machine.probe, engine_argv=engine_argv) as scheduler:
+    async with (
+        Scheduler(config, machine.probe, engine_argv=engine_argv) as scheduler,
+        open_store(state / "store") as store,
+    ):
+        registry = Registry(
+            config.model_dirs,
+            index_path=state / "index.sqlite",
+            before=[StoreModels(store)],
+            settings=store.settings,
+        )
         services = Services(
             config=config,
-            registry=registry,
+            registry=FreshRegistry(registry),
+            store=store,
             scheduler=scheduler,
             cards=ModelCards(),
             machine=machine,
