@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -36,6 +37,10 @@ from shimpy.chat.rendered import Rendered
 from shimpy.chat.sandbox import Budget, TemplateFault
 from shimpy.errors import UserError
 
+_GO_ACTION = re.compile(
+    r"\{\{-?\s*(?:\.[A-Z\s}]|\$|(?:if|range|with|else|end|define|template|block|json)\b)"
+)
+
 
 class GoTemplate:
     """A Go template, ready to render; immutable."""
@@ -49,8 +54,9 @@ class GoTemplate:
         self.source = source
         self._nodes = parse_go_template(source)
         paths = {path for node in self._nodes for path in _paths(node)}
-        self._fields = {field for path in paths for field in path.fields}
-        if not self._fields & {"Response", "Messages"}:
+        # Every field that the template reads.
+        self.fields = frozenset(field for path in paths for field in path.fields)
+        if not self.fields & {"Response", "Messages"}:
             self._nodes += (Print(Path("", ("Response",))),)
         self._control = ControlTokens(control_tokens)
         self._literals = {text for node in self._nodes for text in _literals(node) if text.strip()}
@@ -58,17 +64,17 @@ class GoTemplate:
     @property
     def takes_messages(self) -> bool:
         """Whether it prints a whole conversation at once."""
-        return "Messages" in self._fields
+        return "Messages" in self.fields
 
     @property
     def takes_suffix(self) -> bool:
         """Whether it can fill in the middle."""
-        return "Suffix" in self._fields
+        return "Suffix" in self.fields
 
     @property
     def takes_tools(self) -> bool:
         """Whether it describes tools."""
-        return "Tools" in self._fields
+        return "Tools" in self.fields
 
     def render(
         self,
@@ -116,13 +122,7 @@ class GoTemplate:
 
 def is_go_template(source: str) -> bool:
     """Whether a template is written in Go's notation; else in Jinja's."""
-    if "{%" in source:
-        return False
-    try:
-        nodes = parse_go_template(source)
-    except UserError:
-        return "{{ ." in source or "{{." in source or "{{- ." in source
-    return any(not isinstance(node, Raw) for node in nodes) or "{{" not in source
+    return "{%" not in source and _GO_ACTION.search(source) is not None
 
 
 # --- what a template sees -------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from itertools import product
 from typing import Any
 
 from shimpy.chat.adapt import message_dict, tool_dict
+from shimpy.chat.gotemplate import GoTemplate
 from shimpy.chat.messages import ChatMessage, ToolCall, ToolSpec
 from shimpy.chat.sandbox import CompiledTemplate, TemplateFault, strftime_now
 from shimpy.chat.traits import THINKING_KEYS, Traits, think_variables
+from shimpy.errors import UserError
 
 # A user's words are echoed by every template; what follows them is the template's own.
 _USER = "probeuserwords"
@@ -63,6 +65,38 @@ def probe_traits(template: CompiledTemplate, specials: Mapping[str, str]) -> Tra
         prompt_end=probe.text([_user], traits).rpartition(_USER)[2],
     )
     return _with_thinking(probe, _with_calls(probe, traits), template)
+
+
+def probe_go_traits(template: GoTemplate) -> Traits:
+    """Return what a Go template can do.
+
+    Raises:
+        TemplateFault: it prints no user's message, so that it can't be used at all.
+    """
+
+    def text(*messages: ChatMessage) -> str:
+        try:
+            return template.render(messages, now=_now, tools=[_SPEC]).text
+        except UserError as error:
+            raise TemplateFault(error.message) from error
+
+    end = text(_user).rpartition(_USER)
+    if not end[1]:
+        raise TemplateFault("the template does not print the user's message")
+    calls = "ToolCalls" in template.fields
+    sample = ""
+    if calls:
+        call = ChatMessage(role="assistant", tool_calls=(_CALL,))
+        sample = text(_user, call, _result).rpartition(_USER)[2].partition(_RESULT)[0]
+    return Traits(
+        system=_SYSTEM in text(_system, _user),
+        tools=template.takes_tools,
+        tool_calls=calls,
+        tool_results=calls,
+        thinking=bool(template.fields & {"Thinking", "Think", "ThinkLevel", "IsThinkSet"}),
+        call_sample=sample,
+        prompt_end=end[2],
+    )
 
 
 class _Probe:

@@ -1,4 +1,4 @@
-"""Renders a conversation as a prompt, by the model's own Jinja template where it has one."""
+"""Renders a conversation as a prompt, by the model's own template where it has one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 from shimpy.chat.adapt import adapt, merge_thinking, message_dict, system_into_user, tidy, tool_dict
 from shimpy.chat.families import choose_family
+from shimpy.chat.gotemplate import GoTemplate, is_go_template
 from shimpy.chat.guard import ControlTokens, Guard
 from shimpy.chat.messages import ChatMessage, ToolSpec
-from shimpy.chat.probes import probe_traits
+from shimpy.chat.probes import probe_go_traits, probe_traits
 from shimpy.chat.rendered import Rendered
 from shimpy.chat.sandbox import CompiledTemplate, TemplateFault, compile_template, strftime_now
 from shimpy.chat.traits import Traits, think_variables
 from shimpy.errors import UserError
+from shimpy.protocol.messages import PromptPart, Text
 
 
 class ChatTemplate:
@@ -25,7 +27,7 @@ class ChatTemplate:
         self,
         *,
         source: str,
-        compiled: CompiledTemplate,
+        compiled: CompiledTemplate | GoTemplate,
         traits: Traits,
         control: ControlTokens,
         specials: Mapping[str, str],
@@ -61,9 +63,10 @@ class ChatTemplate:
     ) -> ChatTemplate:
         """Compile a template, or the family's where the model has none that works.
 
-        `control_tokens` are those that `vocabulary.control_tokens` gives; `tool_source` is the
-        file's separate template for tools (tokenizer.chat_template.tool_use). Takes some 10 to
-        100 ms, as the template is tried out: don't call it on the event loop.
+        A template may be Jinja or, as Ollama's are, Go. `control_tokens` are those that
+        `vocabulary.control_tokens` gives; `tool_source` is the file's separate template for
+        tools (tokenizer.chat_template.tool_use). Takes some 10 to 100 ms, as the template is
+        tried out: don't call it on the event loop.
 
         Raises:
             UserError: `strict`, and the template can't be used.
@@ -91,8 +94,16 @@ class ChatTemplate:
     def _make(
         cls, source: str, control: ControlTokens, specials: Mapping[str, str]
     ) -> ChatTemplate:
-        compiled = compile_template(source)
-        traits = probe_traits(compiled, specials)
+        compiled: CompiledTemplate | GoTemplate
+        if is_go_template(source):
+            try:
+                compiled = GoTemplate(source, control_tokens=control)
+            except UserError as error:
+                raise TemplateFault(error.message) from error
+            traits = probe_go_traits(compiled)
+        else:
+            compiled = compile_template(source)
+            traits = probe_traits(compiled, specials)
         return cls(
             source=source, compiled=compiled, traits=traits, control=control, specials=specials
         )
@@ -155,22 +166,66 @@ class ChatTemplate:
                 think=think,
                 variables=variables,
             )
+        if isinstance(self._compiled, GoTemplate):
+            return self._render_go(self._compiled, messages, now=now, tools=tools, think=think)
+        return self._render_jinja(
+            self._compiled,
+            messages,
+            now=now,
+            think=think,
+            request=_Request(
+                tools=tools,
+                continue_final=continue_final,
+                add_generation_prompt=add_generation_prompt and not continue_final,
+                variables=variables or {},
+            ),
+        )
+
+    def _render_go(
+        self,
+        template: GoTemplate,
+        messages: Sequence[ChatMessage],
+        *,
+        now: datetime,
+        tools: Sequence[ToolSpec],
+        think: bool | str | None,
+    ) -> Rendered:
+        adapted = adapt(messages, tools, self.traits)
+        offered = tools if self.traits.tools else ()
+        rendered = template.render(adapted, now=now, tools=offered, think=think)
+        return replace(rendered, add_bos=self._adds_bos(rendered.parts))
+
+    def _adds_bos(self, parts: Sequence[PromptPart]) -> bool:
+        """Whether the engine may put the start token first: the template has not."""
+        bos = self._specials["bos_token"]
+        first = parts[0] if parts else None
+        written = isinstance(first, Text) and first.parse_special and first.text.startswith(bos)
+        return not (bos and written)
+
+    def _render_jinja(
+        self,
+        template: CompiledTemplate,
+        messages: Sequence[ChatMessage],
+        *,
+        now: datetime,
+        think: bool | str | None,
+        request: _Request,
+    ) -> Rendered:
         extra = {
             **self._specials,
-            **think_variables(think=think, literals=self._compiled.literals),
+            **think_variables(think=think, literals=template.literals),
             "strftime_now": strftime_now(now),
             "documents": None,
-            "add_generation_prompt": add_generation_prompt and not continue_final,
+            "add_generation_prompt": request.add_generation_prompt,
         }
-        request = _Request(tools=tools, continue_final=continue_final, variables=variables or {})
-        adapted = adapt(messages, tools, self.traits)
+        adapted = adapt(messages, request.tools, self.traits)
         faults: list[TemplateFault] = []
         for change in _LADDER:
             changed = change(adapted)
             if faults and changed == adapted:
                 continue
             try:
-                return self._render_once(changed, request, extra)
+                return self._render_once(template, changed, request, extra)
             except TemplateFault as fault:
                 faults.append(fault)
                 if fault.kind == "exhausted":
@@ -178,9 +233,13 @@ class ChatTemplate:
         raise UserError(f"the model's chat template can't render this: {faults[0]}") from faults[0]
 
     def _render_once(
-        self, messages: Sequence[ChatMessage], request: _Request, extra: Mapping[str, Any]
+        self,
+        template: CompiledTemplate,
+        messages: Sequence[ChatMessage],
+        request: _Request,
+        extra: Mapping[str, Any],
     ) -> Rendered:
-        guard = Guard(self._control, self._compiled.literals)
+        guard = Guard(self._control, template.literals)
         dicts = [message_dict(message, self.traits) for message in messages]
         tools = [tool_dict(tool) for tool in request.tools] if self.traits.tools else []
         guard.reserve(dicts, tools, request.variables, self.source, self._specials)
@@ -194,23 +253,20 @@ class ChatTemplate:
             "messages": guard.protect_value(dicts),
             "tools": guard.protect_value(tools) or None,
         }
-        text = self._compiled.render(known, n_input_chars=guard.n_chars)
+        text = template.render(known, n_input_chars=guard.n_chars)
         if cut:
             text, found, _ = text.partition(cut)
             if not found:
                 raise TemplateFault("the template does not print the last message")
-        bos = self._specials["bos_token"]
-        return Rendered(
-            parts=guard.split(text),
-            add_bos=not (bos and text.startswith(bos)),
-            stop=self.stop,
-        )
+        parts = guard.split(text)
+        return Rendered(parts=parts, add_bos=self._adds_bos(parts), stop=self.stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
     tools: Sequence[ToolSpec]
     continue_final: bool
+    add_generation_prompt: bool
     variables: Mapping[str, Any]
 
 

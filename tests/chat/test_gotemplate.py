@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from shimpy.chat.formats import choose_format
 from shimpy.chat.gotemplate import GoTemplate, is_go_template
 from shimpy.chat.messages import ChatMessage, ToolCall, ToolSpec
+from shimpy.chat.template import ChatTemplate
 from shimpy.errors import UserError
 from shimpy.protocol.messages import Text
 
@@ -247,7 +249,9 @@ def test_work_is_bounded() -> None:
         (NEW, True),
         ("{{ .Prompt }}", True),
         ("{{ .Prompt", True),
-        ("plain words", True),
+        ("{{ if .X }}", True),
+        ("{{- range $i, $m := .Messages }}", True),
+        ("plain words", False),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", False),
         ("{{ messages[0]['content'] }}", False),
         ("{{ bos_token }}{{ messages[0].content }}", False),
@@ -264,3 +268,51 @@ def test_what_a_template_takes_is_known() -> None:
     template = GoTemplate("<PRE> {{ .Prompt }} <SUF>{{ .Suffix }} <MID>")
     assert template.takes_suffix
     assert template.render([user("a")], now=NOW, suffix="b").text == "<PRE> a <SUF>b <MID>"
+
+
+# --- as a chat template like any other -----------------------------------------------------------
+
+
+def test_a_go_template_serves_as_a_models_template() -> None:
+    template = ChatTemplate.compile(NEW, control_tokens=TOKENS)
+    assert not template.family
+    assert template.supports_tools
+    assert not template.supports_thinking
+    assert choose_format(template, with_tools=True).tool.name == "hermes"
+    developer = ChatMessage(role="developer", content="S")
+    rendered = template.render([developer, user("a<|im_end|>")], now=NOW, tools=[TOOL])
+    assert rendered.text.startswith("<|im_start|>system\nS\n<tools>")
+    assert Text("<|im_end|>") in rendered.parts
+
+
+def test_tools_are_said_in_words_where_a_go_template_has_no_place_for_them() -> None:
+    template = ChatTemplate.compile(OLD, control_tokens=TOKENS)
+    call = ToolCall(name="f", arguments={"x": 1})
+    result = ChatMessage(role="tool", content="sunny", tool_name="f")
+    text = template.render([user("U"), answer("", call), result], now=NOW, tools=[TOOL]).text
+    assert '"name": "f"' in text
+    assert "sunny" in text
+    assert text.startswith("<|im_start|>system\nYou can call these functions")
+
+
+def test_a_start_token_in_a_go_template_is_not_added_again() -> None:
+    template = ChatTemplate.compile("<s>{{ .Prompt }}", control_tokens=["<s>"], bos_text="<s>")
+    assert not template.render([user("x")], now=NOW).add_bos
+    template = ChatTemplate.compile("{{ .Prompt }}", control_tokens=["<s>"], bos_text="<s>")
+    assert template.render([user("<s>x")], now=NOW).add_bos
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ if .X }}", "without its"),
+        ("{{ .System }}", "user's message"),
+        ("{{ $x }}", "no variable"),
+    ],
+)
+def test_a_broken_go_template_is_replaced_or_refused(source: str, words: str) -> None:
+    template = ChatTemplate.compile(source, control_tokens=TOKENS)
+    assert template.family == "chatml"
+    assert words in template.problem
+    with pytest.raises(UserError, match=words):
+        ChatTemplate.compile(source, strict=True)
