@@ -81,6 +81,7 @@ class FakeBackend:
         can_shift: bool = True,
         has_encoder: bool = False,
         n_cells: int | None = None,
+        script: Sequence[int] | None = None,
     ) -> None:
         self.n_ctx = n_ctx
         self.n_slots = n_slots
@@ -88,6 +89,8 @@ class FakeBackend:
         self.can_split = can_split
         self.can_shift = can_shift
         self.has_encoder = has_encoder
+        # What every request is answered, in place of the hash's choice.
+        self.script = script
         self.end_ids = [EOS] if has_encoder else []
         # Fewer than n_ctx: a cache that is full sooner than the batcher can know.
         self._n_cells = n_ctx if n_cells is None else n_cells
@@ -103,15 +106,19 @@ class FakeBackend:
         self.is_closed = False
         # Calls of decode, counted from 0, that fail; and removals that are refused.
         self.failing_decodes: set[int] = set()
+        self.aborting_decodes: set[int] = set()
         self.refused_removals: set[int] = set()
         self._n_removals = 0
 
     # --- the vocabulary ---
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
-        parts = _SPECIAL.split(text) if parse_special else [text]
+        if not parse_special:
+            return list(text.encode())
         return [
-            token for part in parts for token in ([_IDS[part]] if part in _IDS else part.encode())
+            token
+            for part in _SPECIAL.split(text)
+            for token in ([_IDS[part]] if part in _IDS else part.encode())
         ]
 
     def piece(self, token: int, *, special: bool) -> bytes:
@@ -143,6 +150,8 @@ class FakeBackend:
             # It leaves some of the batch behind, as an aborted decode does.
             self._add(chunks[0].slot, chunks[0].start, chunks[0].tokens[:1])
             raise WorkerError("llama.cpp refused the batch")
+        if index in self.aborting_decodes:
+            return DecodeStatus.ABORTED
         if self.n_used + n_tokens > self._n_cells:
             _demand(self._n_cells < self.n_ctx, "the KV cache is over its budget")
             return DecodeStatus.KV_FULL
@@ -262,11 +271,12 @@ class FakeSampler:
         self._n_sampled += 1
         if self._sampling.grammar == "explode" and self._n_sampled == 3:
             raise WorkerError("no token is left")
+        script = self._backend.script
         key = (self._backend.row(row), self._sampling.seed or 0, tuple(self._history))
         draw = _digest(hash(key))
         token = EOS if draw % EOS_EVERY == 0 else ANSWER[draw // EOS_EVERY % len(ANSWER)]
-        if self._sampling.logit_bias.get(token) == float("-inf"):
-            token = FIRST_WORD
+        if script is not None:
+            token = script[self._n_sampled - 1]
         self._history.append(token)
         if self._sampling.n_logprobs is None:
             return token, None

@@ -47,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.devices:
         print_devices()
         return 0
-    try:
-        return serve(Channel(socket.socket(fileno=arguments.fd)), open_llama)
-    except ConnectionError:
-        # The daemon is gone; the reader thread is ending the process at this moment too.
-        return 0
+    return serve(Channel(socket.socket(fileno=arguments.fd)), open_llama)
 
 
 def print_devices() -> None:
@@ -73,6 +69,14 @@ def serve(channel: Channel, open_backend: OpenBackend) -> int:
 
     Ends the process at once when the daemon is gone, even in the middle of a load.
     """
+    try:
+        return _serve(channel, open_backend)
+    except ConnectionError:
+        # A send found the daemon gone before the reader thread did.
+        return 0
+
+
+def _serve(channel: Channel, open_backend: OpenBackend) -> int:
     intake = Intake(send=channel.send, clock=time.monotonic)
     _take_signals(intake)
     channel.send(Hello(PROTOCOL_VERSION, os.getpid(), version("llama-cpp-python")))

@@ -60,15 +60,12 @@ class TextStream:
         return self._show(self._decode(data))
 
     def finish(self) -> str:
-        """Return what was held back, at the end of the text; nothing after a stop string."""
-        if self.stop is not None:
-            return ""
-        text = self._show(self._decode(b"", final=True))
-        if self.stop is not None:
-            return text
-        text += self._held
-        self.n_shown += len(self._held)
-        self._held = ""
+        """Return what was held back, at the end of the text; nothing after a stop string.
+
+        A character whose last bytes never came is left out.
+        """
+        text, self._held = self._held, ""
+        self.n_shown += len(text)
         return text
 
     def _show(self, text: str) -> str:

@@ -54,21 +54,21 @@ def _generate(backend: FakeBackend, submit: Submit, ids: list[int]) -> Expected:
             n_drop = (backend.n_ctx - n_keep) // 2
             del expected.tokens[n_keep : n_keep + n_drop]
         if submit.sampling.grammar == "explode" and expected.n_generated == 2:
-            return Expected(code="worker", text=data.decode(errors="replace"))
+            return Expected(code="worker", text=_whole(data))
         backend.see(expected.tokens)
         token, _ = sampler.sample(0)
         expected.n_generated += 1
         if token == EOS:
-            return _close(expected, "stop", data.decode(errors="replace"), submit.stop)
+            return _close(expected, "stop", _whole(data), submit.stop)
         expected.tokens.append(token)
         data += backend.piece(token, special=submit.show_special)
         text = _whole(data)
         if token == CONTROL and not submit.show_special and "<ctl>" in submit.stop:
-            expected.text, expected.stop_string = data.decode(errors="replace"), "<ctl>"
+            expected.text, expected.stop_string = _whole(data), "<ctl>"
             return expected
         if first_stop(text, submit.stop)[1] is not None:
             return _close(expected, "stop", text, submit.stop)
-    return _close(expected, "length", data.decode(errors="replace"), submit.stop)
+    return _close(expected, "length", _whole(data), submit.stop)
 
 
 def _close(expected: Expected, reason: str, text: str, stops: list[str]) -> Expected:

@@ -37,6 +37,16 @@ TIMEOUT_S = 30.0
 GREEDY = Sampling(temperature=0.0)
 
 
+def run_engine(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the worker's program to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "shimpy.engine", *arguments],
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
 class Worker:
     """Speaks with one worker; what requests are told is put together in `told`."""
 
@@ -51,25 +61,30 @@ class Worker:
 
     @classmethod
     @contextmanager
-    def start(cls, *, module: str = "shimpy.engine") -> Iterator[Self]:
+    def start(
+        cls, *, module: str = "shimpy.engine", buffer_bytes: int | None = None
+    ) -> Iterator[Self]:
         """Start a process; whatever the test does to it, it is gone afterwards."""
         ours, theirs = socket.socketpair()
         ours.settimeout(TIMEOUT_S)
+        if buffer_bytes is not None:
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
         with ours, theirs:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 cwd=Path(__file__).parent.parent.parent,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
             theirs.close()
-            try:
-                yield cls(process, ours)
-            finally:
-                process.kill()
-                process.wait(TIMEOUT_S)
+            with process:
+                try:
+                    yield cls(process, ours)
+                finally:
+                    process.kill()
 
     @classmethod
     @contextmanager
@@ -81,7 +96,12 @@ class Worker:
             worker.send(Shutdown())
             assert worker.process.wait(TIMEOUT_S) == 0
 
-    def load(self, model: Path, **options: Any) -> Ready:
+    def wait_for_line(self, line: str) -> None:
+        """Wait until the process writes a line to stdout."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline().decode().strip() == line
+
+    def load(self, model: Path | str, **options: Any) -> Ready:
         assert isinstance(self.receive(), Hello)
         self.send(Load(str(model), **{"n_ctx": 1024, "n_slots": 8, **options}))
         while isinstance(message := self.receive(), Loading):
