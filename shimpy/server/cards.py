@@ -7,14 +7,15 @@ milliseconds each), then kept for the models that were used last.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shimpy.chat.fim import FimRole
 from shimpy.chat.template import ChatTemplate
 from shimpy.chat.vocabulary import control_tokens, fim_roles
-from shimpy.errors import GgufError
+from shimpy.errors import GgufError, UserError
 from shimpy.gguf.header import Header
 from shimpy.gguf.reader import read_files
 from shimpy.registry.model import Model
@@ -52,11 +53,11 @@ class ModelCard:
 
 
 class ModelCards:
-    """Cards by the model's digest; it belongs to the event loop's thread."""
+    """Cards by the model's digest and its template; it belongs to the event loop's thread."""
 
     def __init__(self, *, limit: int = MAX_CARDS) -> None:
         self._limit = limit
-        self._cards: OrderedDict[str, ModelCard] = OrderedDict()
+        self._cards: OrderedDict[tuple[str, str | None], ModelCard] = OrderedDict()
 
     async def get(self, model: Model) -> ModelCard:
         """Return the card of a usable model; reads its header when it is not kept.
@@ -64,13 +65,14 @@ class ModelCards:
         Raises:
             GgufError: the file can't be read any more.
         """
-        card = self._cards.get(model.digest)
+        key = (model.digest, model.settings.template)
+        card = self._cards.get(key)
         if card is None:
             card = await asyncio.to_thread(make_card, model)
-            self._cards[model.digest] = card
+            self._cards[key] = card
             while len(self._cards) > self._limit:
                 self._cards.popitem(last=False)
-        self._cards.move_to_end(model.digest)
+        self._cards.move_to_end(key)
         return card
 
 
@@ -90,13 +92,18 @@ def make_card(model: Model) -> ModelCard:
         eos_text=eos_text,
         tool_source=header.get_str("tokenizer.chat_template.tool_use", "") or None,
     )
-    return ModelCard(
+    card = ModelCard(
         template=template,
         control_tokens=tuple(tokens),
         bos_text=bos_text,
         eos_text=eos_text,
         fim_roles=fim_roles(texts, header.metadata),
     )
+    if model.settings.template:
+        # One that came with the model from elsewhere may be beyond us; the file's own is not.
+        with contextlib.suppress(UserError):
+            return replace(card, template=card.compile_template(model.settings.template))
+    return card
 
 
 def control_texts(header: Header, texts: Sequence[str]) -> list[str]:

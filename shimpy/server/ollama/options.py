@@ -6,6 +6,7 @@ wrong type is a 400 with Ollama's own text, where Ollama itself answers 500.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,8 @@ _BOOLEANS = frozenset(
     }
 )
 
+OPTION_NAMES = frozenset({*_INTEGERS, *_FLOATS, *_BOOLEANS, "stop", "logit_bias"})
+
 
 def parse_options(given: Mapping[str, Any] | None) -> Options:
     """Return Ollama's `options` as Options.
@@ -77,6 +80,24 @@ def parse_options(given: Mapping[str, Any] | None) -> Options:
         elif name == "logit_bias":
             values["logit_bias"] = check_logit_bias(name, value)
     return Options(**values)
+
+
+def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options that are to last, with the values as they are kept; null is left out.
+
+    Raises:
+        InvalidOptionError: there is no such option, or its value can't be.
+    """
+    for name in given:
+        if name not in OPTION_NAMES:
+            near = difflib.get_close_matches(name, OPTION_NAMES, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise InvalidOptionError(f"unknown parameter '{name}'{meant}", option=name)
+    parse_options(given)
+    kept = {name: value for name, value in given.items() if value is not None}
+    if isinstance(kept.get("stop"), str):
+        kept["stop"] = [kept["stop"]]
+    return kept
 
 
 def _set_number(values: dict[str, Any], name: str, ours: str | None, value: float) -> None:

@@ -155,18 +155,21 @@ async def show(request: web.Request) -> web.Response:
         info["general.basename"] = name
     return json_response(
         {
-            "license": str(header.metadata.get("general.license", "")),
+            "license": model.settings.license or str(header.metadata.get("general.license", "")),
             "modelfile": listing.modelfile(model),
-            "parameters": "",
+            **listing.shown_settings(model),
             "template": listing.shown_template(model),
-            "system": "",
-            "details": listing.details(model),
-            "messages": [],
+            "details": {
+                **listing.details(model),
+                "parent_model": listing.parent_of(services.store.manifest(model.name)),
+            },
             "model_info": info,
             "tensors": listing.tensor_rows(header),
             "capabilities": listing.capabilities(model, card.template),
             "modified_at": format_local_time(model.modified_s),
             "experts": listing.experts(model),
+            "source": model.source,
+            "aliases": [str(alias) for alias in model.aliases],
             "plan": await plan_model(services, model),
         }
     )
