@@ -15,6 +15,8 @@
     ├── RegistryError           something stored is wrong
     │   ├── StoreLockedError        another daemon owns the store
     │   └── GgufError               a file is not a GGUF model that can be read
+    ├── RemoteError             a hub or another server on the network failed or refused
+    │   └── OfflineError            the network may not be used
     ├── WorkerError             a worker failed
     │   ├── LoadError               llama.cpp could not load the model
     │   ├── WorkerDiedError         the process ended while it was needed
@@ -142,6 +144,18 @@ class GgufError(RegistryError):
     """A file is not a GGUF model that can be read; `path` and the reason are in the message."""
 
     code = "gguf"
+
+
+class RemoteError(ShimpyError):
+    """A hub or another server on the network failed or refused; the message has its reason."""
+
+    code = "remote"
+
+
+class OfflineError(RemoteError):
+    """The network may not be used: a setting or a variable says so."""
+
+    code = "offline"
 
 
 class WorkerError(ShimpyError):
