@@ -398,7 +398,6 @@ class SchedulerCore:
         queue.is_impatient = False
         if not queue.waiting:
             queue.retry = None
-            queue.floor = None
 
     # --- loads ----------------------------------------------------------------------------
 
@@ -425,7 +424,7 @@ class SchedulerCore:
         Cases 2 to 5 are tried with the longest context that anyone in the queue asked for; when
         that can't be had yet, with what the first one asked for.
         """
-        if queue.retry is not None and queue.resident is None:
+        if queue.retry is not None:
             return self._place_retry(queue, queue.retry, ledger, now)
         effects: list[Effect] = []
         while self._needs_placing(queue):
@@ -471,7 +470,7 @@ class SchedulerCore:
             plan = partial(wish.plan, self._planner, shape)
             return policy.find_room(plan, ledger, own)
 
-        wish = policy.load_wish(queue.waiting, own.asked if own is not None else queue.floor)
+        wish = policy.load_wish(queue.waiting)
         room = room_for(wish)
         modest = policy.Wish(options=first.options)
         if wish != modest and isinstance(room, policy.Wait | policy.Refuse):
@@ -575,11 +574,7 @@ class SchedulerCore:
             started_s=now,
         )
         queue.resident = self._residents[resident.worker] = resident
-        queue.floor = None
         self._unblock(queue)
-        for other in self._residents.values():
-            if other.yields_to == first.id:
-                other.yields_to = None
         start = StartWorker(
             worker=resident.worker,
             model=resident.model,
@@ -623,7 +618,6 @@ class SchedulerCore:
         if victim is not queue.resident:
             reason = f"its memory was needed for {queue.key}"
             return self._stop(victim, reason, now, kind="evict")
-        queue.floor = victim.asked
         return self._stop(victim, _reload_reason(victim, queue.waiting[0]), now, kind="reload")
 
     def _stop(
@@ -657,7 +651,12 @@ class SchedulerCore:
         """Let residents serve again whose memory nobody waits for any more."""
         effects: list[Effect] = []
         for resident in self._residents.values():
-            if resident.yields_to is not None and resident.yields_to not in self._waiting:
+            if resident.yields_to is None:
+                continue
+            queue = self._waiting.get(resident.yields_to)
+            other = queue.resident if queue is not None else None
+            has_room = other is not None and other.phase is Phase.LOADING
+            if queue is None or has_room:
                 resident.yields_to = None
                 effects += self._grant_waiting(self._queues[resident.key], now)
         return effects

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from shimpy.gguf.arch import ModelShape
@@ -68,17 +68,15 @@ class Wish:
         return planner(shape, hardware, self.options)
 
 
-def load_wish(waiting: Iterable[Request], floor: PlanOptions | None) -> Wish:
+def load_wish(waiting: Sequence[Request]) -> Wish:
     """Return what to load the first waiting request's model with.
 
-    It is loaded for the longest context that anyone who waits asked for, or that the resident
-    it replaces was asked for (`floor`): clients with different settings cost one reload
-    between them.
+    It is loaded for the longest context that anyone who waits asked for. Since a resident is
+    replaced only by one with a longer context (`serves`), clients with different settings
+    cost one reload between them.
     """
-    requests = list(waiting)
-    first = requests[0].options
-    wishes = [r.options for r in requests] + ([floor] if floor is not None else [])
-    alike = [wish.n_ctx for wish in wishes if _differ_in_n_ctx_only(wish, first)]
+    first = waiting[0].options
+    alike = [r.options.n_ctx for r in waiting if _differ_in_n_ctx_only(r.options, first)]
     asked = [n_ctx for n_ctx in alike if n_ctx is not None]
     options = replace(first, n_ctx=max(asked)) if asked else first
     return Wish(options=options, or_default=None in alike)

@@ -113,8 +113,6 @@ class ModelQueue:
     waiting: deque[Request] = field(default_factory=deque)
     resident: Resident | None = None
     retry: Retry | None = None
-    # What a resident that was stopped for a reload had been asked for: it is not forgotten.
-    floor: PlanOptions | None = None
     # Since when its load waits for memory that busy residents hold.
     blocked_since_s: float | None = None
     # That has taken too long: busy residents stop taking newer requests.

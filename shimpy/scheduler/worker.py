@@ -37,13 +37,15 @@ from shimpy.units import format_bytes
 
 ENGINE_ARGV = (sys.executable, "-m", "shimpy.engine")
 
-# GGML_NO_BACKTRACE: else each abort runs gdb, which takes seconds and pages of output.
-# GOMP_SPINCOUNT: libgomp's threads spin between operations, by default so long that one other
-# busy thread on the machine slows decoding three- to fourfold. 1000 rounds cost an idle
-# machine nothing (146-162 against 140-160 tok/s) and do better on a busy one (54 against
-# 36-46); fewer rounds, or OMP_WAIT_POLICY=passive, halve the speed of an idle one.
-# Variables that are set already win.
-WORKER_ENV = {"GGML_NO_BACKTRACE": "1", "GOMP_SPINCOUNT": "1000"}
+# Without it each abort runs gdb, which takes seconds and prints pages.
+WORKER_ENV = {"GGML_NO_BACKTRACE": "1"}
+
+# libgomp's threads spin between operations, by default so long that one other busy thread on
+# the machine slows decoding three- to fourfold. 1000 rounds cost an idle machine nothing
+# (146-162 against 140-160 tok/s) and do better on a busy one (54 against 36-46); fewer rounds,
+# or OMP_WAIT_POLICY=passive, halve the speed of an idle one. With a GPU in turn the pauses are
+# longer, and nothing was measured.
+CPU_WORKER_ENV = WORKER_ENV | {"GOMP_SPINCOUNT": "1000"}
 
 MAX_LINES = 64
 MAX_LINE_CHARS = 500
@@ -171,7 +173,8 @@ class Worker:
                     stderr=asyncio.subprocess.STDOUT,
                     # A Ctrl-C in the terminal is for the daemon, which then stops its workers.
                     start_new_session=True,
-                    env=WORKER_ENV | os.environ,
+                    # What the user has set wins.
+                    env=(WORKER_ENV if self._load.devices else CPU_WORKER_ENV) | os.environ,
                 )
         except BaseException:
             ours.close()

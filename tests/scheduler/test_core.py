@@ -317,6 +317,28 @@ def test_yielding_ends_with_the_one_it_was_for() -> None:
     assert late in sim.granted
 
 
+def test_yielding_ends_when_the_memory_is_found_elsewhere() -> None:
+    """`b` gets the memory of `c`, so `a` has no reason to keep its clients waiting."""
+    sim = Simulation(make_hardware(ram_mib=1000, others_mib=5000))
+    a = make_model("a", make_shape(dense_mib=400))
+    sim.load(a)
+    sim.request(a)
+    other = sim.load(C)
+    sim.request(make_model("b", make_shape(dense_mib=500)))
+    busy = sim.request(C)
+    sim.settle()
+    sim.advance(PATIENCE_S)
+    sim.settle()
+    late = sim.request(a)
+    assert late in sim.waiting
+    sim.release(busy)
+    sim.probed()
+    sim.exits(other)
+    sim.probed()
+    assert sim.of_phase(Phase.LOADING), "there is room for b now"
+    assert late in sim.granted
+
+
 def test_the_impatient_are_not_overtaken() -> None:
     """Memory that a yielding model will give back is not given to later, smaller ones."""
     sim = Simulation(ONE_AT_A_TIME)
@@ -473,13 +495,51 @@ def test_a_death_for_lack_of_memory_is_tried_again_too() -> None:
     assert request in sim.granted
 
 
+def test_a_retry_waits_for_memory_that_comes_back() -> None:
+    sim = Simulation(make_hardware(ram_mib=1000, vram_mib=400, others_mib=5000))
+    other = sim.load(make_model("other", make_shape(dense_mib=900)))
+    assert sim.processes[other].rung.placement.mode == "cpu"
+    sim.do(sim.core.on_unload("other:latest", sim.now))
+    request = sim.request(C)
+    sim.probed()
+    worker = sim.of_phase(Phase.LOADING)[0]
+    sim.load_failed(worker, out_of_memory=True)
+    sim.exits(worker)
+    sim.probed()
+    assert list(sim.processes) == [other]
+    sim.settle()
+    assert request in sim.granted
+
+
+def test_a_placement_short_of_the_wish_is_not_loaded_again_for_it() -> None:
+    """Whatever the planner does, one wish costs one load."""
+
+    def stingy(shape: ModelShape, hardware: Hardware, options: PlanOptions) -> Plan:
+        planned = plan(shape, hardware, options)
+        ladder = tuple(
+            replace(rung, placement=replace(rung.placement, n_ctx=1024))
+            if rung.placement.mode == "cpu"
+            else rung
+            for rung in planned.ladder
+        )
+        return replace(planned, ladder=ladder)
+
+    sim = Simulation(GPU, planner=stingy, is_stingy=True)
+    sim.request(A)
+    second = sim.request(A, options(2048))
+    sim.probed()
+    sim.load_failed(next(iter(sim.processes)), out_of_memory=True)
+    sim.settle()
+    assert second in sim.waiting or second in sim.granted
+    assert len(sim.kinds("load")) == 2
+
+
 def test_a_retry_ends_with_those_who_waited_for_it() -> None:
     sim = Simulation(GPU)
     request = sim.request(MOE)
     sim.probed()
     sim.load_failed(next(iter(sim.processes)), out_of_memory=True)
     sim.cancel(request)
-    sim.settle()
     worker = sim.load(MOE)
     assert sim.processes[worker].rung.placement.mode == "gpu"
 

@@ -12,35 +12,36 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import PlanOptions
-from shimpy.registry.model import Model
 from shimpy.scheduler.core import Limits
 from shimpy.scheduler.states import Phase
 from tests.scheduler.simulation import ABORTED, OUT_OF_MEMORY, Simulation
 from tests.scheduler.support import make_hardware, make_model, make_shape
 
-MODELS = [
-    make_model("small", make_shape(dense_mib=100, kv_bytes=1024)),
-    make_model("dense", make_shape(dense_mib=600, kv_bytes=1024)),
-    make_model("large", make_shape(dense_mib=900)),
-    make_model("moe", make_shape(dense_mib=200, expert_mib=700)),
-    make_model("middle", make_shape(dense_mib=400)),
-    make_model("huge", make_shape(dense_mib=9000)),
-]
-HARDWARE = [
-    make_hardware(ram_mib=1000),
-    make_hardware(ram_mib=1500, vram_mib=1000, others_mib=4000),
-    make_hardware(ram_mib=300, vram_mib=1000),
-    make_hardware(ram_mib=3000, vram_mib=500, others_mib=4000),
-]
-OPTIONS = [
-    PlanOptions(),
-    PlanOptions(n_ctx=1024),
-    PlanOptions(n_ctx=8192),
-    PlanOptions(n_ctx=65536),
-    PlanOptions(n_slots=1),
-]
+MODELS = {
+    str(model.name): model
+    for model in (
+        make_model("small", make_shape(dense_mib=100, kv_bytes=1024)),
+        make_model("dense", make_shape(dense_mib=600, kv_bytes=1024)),
+        make_model("large", make_shape(dense_mib=900)),
+        make_model("moe", make_shape(dense_mib=200, expert_mib=700)),
+        make_model("middle", make_shape(dense_mib=400)),
+        make_model("huge", make_shape(dense_mib=9000)),
+    )
+}
+HARDWARE = {
+    "cpu": make_hardware(ram_mib=1000),
+    "gpu": make_hardware(ram_mib=1500, vram_mib=1000, others_mib=4000),
+    "little-ram": make_hardware(ram_mib=300, vram_mib=1000),
+    "little-vram": make_hardware(ram_mib=3000, vram_mib=500, others_mib=4000),
+}
+OPTIONS = {
+    "any": PlanOptions(),
+    "short": PlanOptions(n_ctx=1024),
+    "long": PlanOptions(n_ctx=8192),
+    "longest": PlanOptions(n_ctx=65536),
+    "one-slot": PlanOptions(n_slots=1),
+}
 T = TypeVar("T")
 
 # More rounds than anything can take to come to rest.
@@ -62,29 +63,29 @@ class CoreMachine(RuleBasedStateMachine):
     simulation: Simulation
 
     @initialize(
-        hardware=st.sampled_from(HARDWARE),
+        hardware=st.sampled_from(list(HARDWARE)),
         keep_alive_s=st.sampled_from([300.0, 10.0, 0.0]),
         max_queue=st.sampled_from([512, 3]),
     )
-    def start(self, hardware: Hardware, keep_alive_s: float, max_queue: int) -> None:
+    def start(self, hardware: str, keep_alive_s: float, max_queue: int) -> None:
         limits = Limits(keep_alive_s=keep_alive_s, max_queue=max_queue)
-        self.simulation = Simulation(hardware, limits)
+        self.simulation = Simulation(HARDWARE[hardware], limits)
 
     @rule(
-        models=st.lists(st.sampled_from(MODELS), min_size=1, max_size=4),
-        options=st.sampled_from(OPTIONS),
+        models=st.lists(st.sampled_from(list(MODELS)), min_size=1, max_size=4),
+        options=st.sampled_from(list(OPTIONS)),
         keep_alive_s=st.sampled_from([None, None, None, 0.0, 5.0, math.inf]),
         answers=ANSWERS,
     )
     def requests(
         self,
-        models: list[Model],
-        options: PlanOptions,
+        models: list[str],
+        options: str,
         keep_alive_s: float | None,
         answers: list[int],
     ) -> None:
         for model in models:
-            self.simulation.request(model, options, keep_alive_s)
+            self.simulation.request(MODELS[model], OPTIONS[options], keep_alive_s)
         self._answer(answers)
 
     @rule(answers=ANSWERS)
@@ -137,10 +138,10 @@ class CoreMachine(RuleBasedStateMachine):
         self.simulation.advance(seconds)
         self._answer(answers)
 
-    @rule(model=st.sampled_from(MODELS))
-    def unload(self, model: Model) -> None:
+    @rule(model=st.sampled_from(list(MODELS)))
+    def unload(self, model: str) -> None:
         core = self.simulation.core
-        self.simulation.do(core.on_unload(str(model.name), self.simulation.now))
+        self.simulation.do(core.on_unload(model, self.simulation.now))
 
     def _answer(self, which: list[int]) -> None:
         """Deliver some of what the core waits for, in any order."""
@@ -167,7 +168,7 @@ class CoreMachine(RuleBasedStateMachine):
                 simulation.release(request)
             if simulation.waiting:
                 simulation.advance(1.0)
-        assert not simulation.waiting, "a request waits for ever"
+        assert not simulation.waiting, f"a request waits for ever: {simulation.describe()}"
         simulation.drain()
         simulation.settle()
         assert not simulation.processes
