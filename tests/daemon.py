@@ -40,14 +40,19 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def running_daemon(home: Path, models: Path, *flags: str) -> Iterator[Daemon]:
+def running_daemon(
+    home: Path, models: Path, *flags: str, threads: int | None = 1
+) -> Iterator[Daemon]:
     """Start `shimpy serve` and wait for its READY; end it by SIGTERM.
 
-    Workers use one thread: two would spin against each other on a busy machine.
+    Workers use one thread: two would spin against each other on a busy machine. None leaves
+    the number to the daemon.
     """
     home.mkdir(parents=True, exist_ok=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith("SHIMPY_")}
-    env |= {"SHIMPY_HOME": str(home), "SHIMPY_N_THREADS": "1"}
+    env["SHIMPY_HOME"] = str(home)
+    if threads is not None:
+        env["SHIMPY_N_THREADS"] = str(threads)
     log = home / "serve.log"
     bind = ["--bind", "127.0.0.1:0"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("wb") as output:
