@@ -29,16 +29,14 @@ def _tagged(before: str, after: str, prompt: str) -> str:
     )
 
 
-def _labelled(labels: dict[str, str], prompt: str, system: str = "{{ content ~ '\\n\\n' }}") -> str:
-    """Return a template that writes a label before each message and an empty line after it."""
-    branches = "".join(
-        f"{{%- elif message['role'] == '{role}' -%}}{{{{ '{label}' ~ content ~ '\\n\\n' }}}}"
-        for role, label in labels.items()
-    )
+def _labelled(user: str, answer: str, prompt: str) -> str:
+    """Return a template of labels before each message; `user` and `answer` are expressions."""
     return (
         "{%- for message in messages -%}{%- set content = message['content'] | trim -%}"
-        f"{{%- if message['role'] == 'system' -%}}{system}{branches}{{%- endif -%}}"
-        f"{{%- endfor -%}}{{%- if add_generation_prompt -%}}{prompt}{{%- endif -%}}"
+        "{%- if message['role'] == 'system' -%}{{ content ~ '\\n\\n' }}"
+        f"{{%- elif message['role'] == 'user' -%}}{{{{ {user} }}}}"
+        f"{{%- elif message['role'] == 'assistant' -%}}{{{{ {answer} }}}}{{%- endif -%}}"
+        f"{{%- endfor -%}}{{%- if add_generation_prompt -%}}{{{{ {prompt} }}}}{{%- endif -%}}"
     )
 
 
@@ -87,6 +85,15 @@ MISTRAL = Family(
     name="mistral",
     template=_instruct(
         "{{ '[INST] ' ~ words ~ '[/INST]' }}",
+        "{{ eos_token }}",
+        "ns.system ~ '\\n\\n' ~ message['content']",
+    ),
+)
+# Mistral's first models, in whose vocabulary [INST] is no token.
+MISTRAL_V1 = Family(
+    name="mistral-v1",
+    template=_instruct(
+        "{{ '[INST] ' ~ words ~ ' [/INST]' }}",
         "{{ eos_token }}",
         "ns.system ~ '\\n\\n' ~ message['content']",
     ),
@@ -145,7 +152,9 @@ DEEPSEEK = Family(
 # DeepSeek's first models, DeepSeek-MoE-16B-chat among them.
 DEEPSEEK_LLM = Family(
     name="deepseek-llm",
-    template=_labelled({"user": "User: ", "assistant": "Assistant: "}, "{{ 'Assistant:' }}"),
+    template=_labelled(
+        "'User: ' ~ content ~ '\\n\\n'", "'Assistant: ' ~ content ~ eos_token", "'Assistant:'"
+    ),
     stop=("\n\nUser:",),
 )
 HARMONY = Family(
@@ -160,14 +169,19 @@ HARMONY = Family(
 )
 VICUNA = Family(
     name="vicuna",
-    template=_labelled({"user": "USER: ", "assistant": "ASSISTANT: "}, "{{ 'ASSISTANT:' }}"),
+    template=_labelled(
+        "'USER: ' ~ content ~ '\\n'",
+        "'ASSISTANT: ' ~ content ~ eos_token ~ '\\n'",
+        "'ASSISTANT:'",
+    ),
     stop=("\nUSER:", "</s>"),
 )
 ALPACA = Family(
     name="alpaca",
     template=_labelled(
-        {"user": "### Instruction:\\n", "assistant": "### Response:\\n"},
-        "{{ '### Response:\\n' }}",
+        "'### Instruction:\\n' ~ content ~ '\\n\\n'",
+        "'### Response:\\n' ~ content ~ '\\n\\n'",
+        "'### Response:\\n'",
     ),
     stop=("### Instruction:",),
 )
@@ -177,7 +191,11 @@ PLAIN = Family(
     template=(
         "{%- if messages | length == 1 and add_generation_prompt -%}"
         "{{ messages[0]['content'] }}{%- else -%}"
-        + _labelled({"user": "User: ", "assistant": "Assistant: "}, "{{ 'Assistant:' }}")
+        + _labelled(
+            "'User: ' ~ content ~ '\\n\\n'",
+            "'Assistant: ' ~ content ~ '\\n\\n'",
+            "'Assistant:'",
+        )
         + "{%- endif -%}"
     ),
     stop=("\n\nUser:",),
@@ -206,8 +224,8 @@ _BY_NAME: tuple[tuple[str, Family], ...] = (
     ("llama-2", LLAMA2),
     ("llama2", LLAMA2),
     ("codellama", LLAMA2),
-    ("mixtral", MISTRAL),
-    ("mistral", MISTRAL),
+    ("mixtral", MISTRAL_V1),
+    ("mistral", MISTRAL_V1),
     ("hermes", CHATML),
 )
 _CHAT_WORDS = ("chat", "instruct", "-it", "vicuna", "alpaca", "wizardlm", "zephyr", "hermes")

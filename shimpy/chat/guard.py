@@ -33,15 +33,17 @@ class ControlTokens:
     def __init__(self, tokens: Iterable[str]) -> None:
         # Whitespace alone can't be told from layout, and no vocabulary means it as control.
         self._tokens = frozenset(token for token in tokens if token.strip())
-        lengths: dict[str, set[int]] = {}
+        # By their first two characters, as most begin with the same one.
+        self._lengths: dict[str, set[int]] = {}
         for token in self._tokens:
-            lengths.setdefault(token[0], set()).add(len(token))
-        self._lengths = {first: sorted(some, reverse=True) for first, some in lengths.items()}
+            if len(token) > 1:
+                self._lengths.setdefault(token[:2], set()).add(len(token))
+        self._single = (1,) if any(len(token) == 1 for token in self._tokens) else ()
         ends = {token[0] for token in self._tokens} | {token[-1] for token in self._tokens}
         # Letters and quotes mean something to templates; a token that begins or ends with
         # one is caught when it is whole.
         self.edges = frozenset(c for c in ends if not (c.isalnum() or c.isspace() or c in "\"'\\"))
-        self._first = _any_of(self._lengths)
+        self._first = _any_of({token[0] for token in self._tokens})
         self._edge = _any_of(self.edges)
 
     def __contains__(self, text: str) -> bool:
@@ -56,12 +58,14 @@ class ControlTokens:
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """Return the [start, end) of every control token in the text, overlapping ones too."""
-        return [
-            (start, start + length)
-            for start in (match.start() for match in self._first.finditer(text))
-            for length in self._lengths[text[start]]
-            if start + length <= len(text) and text[start : start + length] in self._tokens
-        ]
+        spans = []
+        for match in self._first.finditer(text):
+            start = match.start()
+            for length in (*self._lengths.get(text[start : start + 2], ()), *self._single):
+                end = start + length
+                if end <= len(text) and text[start:end] in self._tokens:
+                    spans.append((start, end))
+        return spans
 
     def find_edges(self, text: str) -> Iterable[int]:
         """Yield where the text has a character that begins or ends control tokens."""
@@ -136,12 +140,12 @@ class Guard:
 
     def split(self, rendered: str) -> list[PromptPart]:
         """Return the rendered text as parts, the conversation's own control tokens apart."""
-        originals = {twin: c for c, twin in self._twins.items()}
-        marks = [i for i, c in enumerate(rendered) if c in originals] if originals else []
-        if not marks:
+        marked = {match.start() for match in _any_of(self._twins.values()).finditer(rendered)}
+        if not marked:
             return [Text(_utf8(rendered), parse_special=True)] if rendered else []
-        plain = rendered.translate({ord(twin): c for twin, c in originals.items()})
-        marked = set(marks)
+        plain = rendered
+        for c, twin in self._twins.items():
+            plain = plain.replace(twin, c)
         forged = bytearray(len(plain))
         genuine: list[tuple[int, int]] = []
         for start, end in self._control.find(plain):

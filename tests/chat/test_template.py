@@ -341,7 +341,7 @@ def test_an_open_answer_keeps_the_space_at_its_end() -> None:
         (["<|start|>", "<|channel|>", "<|message|>"], "", "harmony"),
         (["[INST]", "[/INST]"], "", "mistral"),
         ([], "Llama 2 7B Chat", "llama2"),
-        ([], "Mistral-7B-Instruct-v0.2", "mistral"),
+        ([], "Mistral-7B-Instruct-v0.2", "mistral-v1"),
         ([], "vicuna-7b", "vicuna"),
         ([], "alpaca-7b", "alpaca"),
         ([], "TinyLlama 1.1B Chat", "zephyr"),
@@ -370,8 +370,8 @@ def test_without_a_template_the_vocabulary_or_the_name_tells(
     ("name", "expected"),
     [
         ("llama-2-chat", "[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s><s>[INST] V [/INST]"),
-        ("mistral-instruct", "[INST] S\n\nU[/INST] A</s>[INST] V[/INST]"),
-        ("vicuna", "S\n\nUSER: U\n\nASSISTANT: A\n\nUSER: V\n\nASSISTANT:"),
+        ("mistral-instruct", "[INST] S\n\nU [/INST] A</s>[INST] V [/INST]"),
+        ("vicuna", "S\n\nUSER: U\nASSISTANT: A</s>\nUSER: V\nASSISTANT:"),
         (
             "zephyr",
             (
@@ -386,6 +386,7 @@ def test_without_a_template_the_vocabulary_or_the_name_tells(
                 "### Response:\n"
             ),
         ),
+        ("deepseek-llm-chat", "S\n\nUser: U\n\nAssistant: A</s>User: V\n\nAssistant:"),
         ("base", "S\n\nUser: U\n\nAssistant: A\n\nUser: V\n\nAssistant:"),
     ],
 )
