@@ -25,6 +25,7 @@ from shimpy.server.errors import (
 from shimpy.server.guard import cors_headers
 from shimpy.server.native import routes as native
 from shimpy.server.ollama import routes as ollama
+from shimpy.server.openai import routes as openai
 from shimpy.server.record import REQUEST_ID_HEADER, Record, attach_record, log_bug, record_of
 from shimpy.server.services import SERVICES, Services, services_of
 from shimpy.server.streaming import JSON
@@ -49,7 +50,7 @@ def make_app(services: Services, routes: Iterable[web.RouteDef] | None = None) -
 
 def all_routes() -> list[web.RouteDef]:
     """Return the routes of all dialects."""
-    return [*ollama.ROUTES, *native.ROUTES]
+    return [*ollama.ROUTES, *openai.ROUTES, *native.ROUTES]
 
 
 @web.middleware

@@ -43,6 +43,11 @@ async def run_choices(
     prepared = [await prepare_request(services, model, request) for request in requests]
     choices = [one.choice(index) for one in prepared for index in range(n)]
     async with acquire(services, model, first.options, first.keep_alive_s, record) as lease:
+        if len(choices) == 1:
+            async with aclosing(generate_on(lease, choices[0], record, arrived_s)) as one:
+                async for event in one:
+                    yield 0, event
+            return
         parts = [Record(request_id=record.request_id) for _ in choices]
         try:
             async with aclosing(_side_by_side(lease, choices, parts, arrived_s)) as events:

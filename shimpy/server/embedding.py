@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shimpy.errors import InvalidOptionError
-from shimpy.protocol.messages import Embedded, Text
+from shimpy.protocol.messages import Embedded, Text, Tokens
 from shimpy.server.generation import acquire, find_model
 from shimpy.server.options import Options
 from shimpy.server.record import Record
@@ -22,7 +22,8 @@ class EmbeddingRequest:
     """What a client wants embedded."""
 
     model: str
-    inputs: tuple[str, ...]
+    # Texts, or what a client tokenized itself.
+    inputs: tuple[str | tuple[int, ...], ...]
     options: Options = field(default_factory=Options)
     keep_alive_s: float | None = None
     # A text over the context is cut; else it is an error.
@@ -58,7 +59,10 @@ async def run_embedding(
         answer = Embedded(request=0, n_embd=0, data=b"", n_tokens=0)
         if request.inputs:
             answer = await lease.embed(
-                [[Text(text)] for text in request.inputs],
+                [
+                    [Text(given) if isinstance(given, str) else Tokens(list(given))]
+                    for given in request.inputs
+                ],
                 truncate=request.truncate,
                 normalize=request.normalize,
             )

@@ -1,0 +1,138 @@
+"""What OpenAI's answers are made of, for chats and completions alike, as typed structs.
+
+A field with a default is left out where it has that; `null` is written where OpenAI's clients
+expect the field to be there.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from shimpy.server.events import Finished
+from shimpy.server.streaming import sse_data, sse_json
+
+FINGERPRINT = "fp_shimpy"
+DONE = sse_data("[DONE]")
+
+T = TypeVar("T")
+
+
+class PromptDetails(msgspec.Struct, kw_only=True):
+    """Of the prompt's tokens, those that were in the KV cache already."""
+
+    cached_tokens: int
+
+
+class CompletionDetails(msgspec.Struct, kw_only=True):
+    """Of the generated tokens, those of thoughts."""
+
+    reasoning_tokens: int
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """How many tokens a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A whole answer, or one chunk of a streamed one."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Any]
+    usage: Usage | UnsetType | None = UNSET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What all chunks of one answer have in common."""
+
+    id: str
+    created: int
+    model: str
+    object: str
+    # The chunks' usage is null but for the last one's.
+    wants_usage: bool = False
+
+    def chunk(self, *choices: Any) -> Answer:
+        """Return a chunk that brings something of these choices."""
+        return self._answer(list(choices), None if self.wants_usage else UNSET)
+
+    def last(self, usage: Usage) -> Answer:
+        """Return the chunk that brings the usage."""
+        return self._answer([], usage)
+
+    def whole(self, choices: list[Any], usage: Usage) -> Answer:
+        """Return an answer that is not streamed."""
+        return self._answer(choices, usage)
+
+    def _answer(self, choices: list[Any], usage: Usage | UnsetType | None) -> Answer:
+        return Answer(
+            id=self.id,
+            object=self.object,
+            created=self.created,
+            model=self.model,
+            system_fingerprint=FINGERPRINT,
+            choices=choices,
+            usage=usage,
+        )
+
+
+def new_id(prefix: str) -> str:
+    """Return an id like OpenAI's: "chatcmpl-" and the like, then what nobody can guess."""
+    return prefix + secrets.token_hex(12)
+
+
+def now_s() -> int:
+    """Return seconds since the epoch, as `created` has them."""
+    return int(time.time())
+
+
+class Tally:
+    """Adds up the tokens of `n` answers to each of some prompts."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._n_prompt = self._n_cached = self._n_generated = self._n_thinking = 0
+
+    def add(self, index: int, finished: Finished) -> None:
+        """Count an answer; a prompt's tokens count once, with the first answer to it."""
+        if index % self._n == 0:
+            self._n_prompt += finished.n_prompt
+            self._n_cached += finished.n_cached
+        self._n_generated += finished.n_generated
+        self._n_thinking += finished.n_thinking
+
+    def usage(self) -> Usage:
+        """Return the sums."""
+        return Usage(
+            prompt_tokens=self._n_prompt,
+            completion_tokens=self._n_generated,
+            total_tokens=self._n_prompt + self._n_generated,
+            prompt_tokens_details=PromptDetails(cached_tokens=self._n_cached),
+            completion_tokens_details=CompletionDetails(reasoning_tokens=self._n_thinking),
+        )
+
+
+async def sse_lines(chunks: AsyncGenerator[Answer, None]) -> AsyncGenerator[bytes, None]:
+    """Yield chunks as server-sent events, then the word that ends them."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield sse_json(chunk)
+    yield DONE
