@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import Any
 
 from shimpy.chat.adapt import tool_dict
+from shimpy.chat.budget import Budget, TemplateFault
 from shimpy.chat.gosyntax import (
     Assign,
     Block,
@@ -34,7 +35,6 @@ from shimpy.chat.gosyntax import (
 from shimpy.chat.guard import ControlTokens, Guard
 from shimpy.chat.messages import ChatMessage, ToolSpec
 from shimpy.chat.rendered import Rendered
-from shimpy.chat.sandbox import Budget, TemplateFault
 from shimpy.errors import UserError
 
 _GO_ACTION = re.compile(

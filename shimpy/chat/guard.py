@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from shimpy.chat.sandbox import InputDict, InputList
+from shimpy.chat.budget import InputDict, InputList
 from shimpy.errors import UserError
 from shimpy.protocol.messages import PromptPart, Text
 

@@ -9,9 +9,10 @@ from itertools import product
 from typing import Any
 
 from shimpy.chat.adapt import message_dict, tool_dict
+from shimpy.chat.budget import TemplateFault
 from shimpy.chat.gotemplate import GoTemplate
 from shimpy.chat.messages import ChatMessage, ToolCall, ToolSpec
-from shimpy.chat.sandbox import CompiledTemplate, TemplateFault, strftime_now
+from shimpy.chat.sandbox import CompiledTemplate, strftime_now
 from shimpy.chat.traits import THINKING_KEYS, Traits, think_variables
 from shimpy.errors import UserError
 

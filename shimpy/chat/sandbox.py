@@ -16,22 +16,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from string import Formatter
-from typing import Any, Literal, cast
+from typing import Any
 
 from jinja2 import TemplateError, Undefined, nodes, pass_context
 from jinja2.environment import Environment, Template
-from jinja2.ext import Extension
-from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+
+from shimpy.chat.budget import Budget, TemplateFault
+from shimpy.chat.instrument import Generation, inspected_literals, instrument, possible_keys
 
 MAX_TEMPLATE_CHARS = 256 * 1024
-# A template's own work, before any input; the real ones need some hundreds of steps.
-BASE_STEPS = 200_000
-BASE_CHARS = 8 * 1024 * 1024
-# Each character of the conversation may pass through this many operations.
-CHARS_PER_INPUT_CHAR = 64
 MAX_INT_BITS = 4096
 MAX_PADDING = 1024
 MAX_INDENT = 16
@@ -54,74 +49,6 @@ _FILTERS = frozenset(
 )
 
 
-class TemplateFault(Exception):  # noqa: N818 - internal; the caller turns it into a UserError
-    """A template can't be compiled or rendered."""
-
-    def __init__(
-        self, message: str, *, kind: Literal["broken", "refused", "exhausted"] = "broken"
-    ) -> None:
-        super().__init__(message)
-        # refused: it called raise_exception; exhausted: it ran over its budget.
-        self.kind = kind
-
-
-class Budget:
-    """What one rendering may still cost."""
-
-    def __init__(self, n_input_chars: int) -> None:
-        self.steps = BASE_STEPS + n_input_chars
-        self.chars = BASE_CHARS + CHARS_PER_INPUT_CHAR * n_input_chars
-
-    def spend_steps(self, n: int) -> None:
-        """Charge `n` iterations, calls or operations."""
-        self.steps -= n
-        if self.steps < 0:
-            raise TemplateFault(
-                "the template does too much work (a runaway loop?)", kind="exhausted"
-            )
-
-    def spend_chars(self, n: int) -> None:
-        """Charge `n` characters about to be made, and one step."""
-        self.spend_steps(1)
-        self.chars -= n
-        if self.chars < 0:
-            raise TemplateFault(
-                "the template produces too much text (a runaway loop?)", kind="exhausted"
-            )
-
-    def spend_value(self, value: object) -> None:
-        """Charge a value by its size."""
-        if isinstance(value, str):
-            self.spend_chars(len(value))
-        elif isinstance(value, (list, tuple, dict)):
-            self.spend_steps(1 + len(value))
-        else:
-            self.spend_steps(1)
-
-    def weigh(self, value: object) -> None:
-        """Charge everything inside a value, a shared part as often as it is reached."""
-        stack = [value]
-        while stack:
-            item = stack.pop()
-            self.spend_value(item)
-            # Input can't be shared with itself: it counts as one.
-            if isinstance(item, (InputDict, InputList)):
-                continue
-            if isinstance(item, dict):
-                stack.extend(item.keys())
-                stack.extend(item.values())
-            elif isinstance(item, (list, tuple)):
-                stack.extend(item)
-
-
-class InputDict(dict[str, Any]):
-    """A dict of the conversation; a tree, so not weighed again."""
-
-
-class InputList(list[Any]):
-    """A list of the conversation; a tree, so not weighed again."""
-
-
 def compile_template(source: str) -> CompiledTemplate:
     """Return a template that can be rendered any number of times, from any thread.
 
@@ -135,10 +62,10 @@ def compile_template(source: str) -> CompiledTemplate:
     environment = _Sandbox()
     try:
         tree = environment.parse(source)
-        literals = frozenset(_inspected_literals(tree))
+        literals = frozenset(inspected_literals(tree))
         names = frozenset(node.name for node in tree.find_all(nodes.Name))
-        keys = frozenset(_keys(tree))
-        code = environment.compile(_Instrument().visit(tree))
+        keys = frozenset(possible_keys(tree))
+        code = environment.compile(instrument(tree))
         template = Template.from_code(environment, code, environment.make_globals(None))
     except TemplateError as error:
         line = getattr(error, "lineno", None)
@@ -165,13 +92,15 @@ class CompiledTemplate:
         self.names = names
         self.keys = keys
 
-    def render(self, variables: Mapping[str, Any], *, n_input_chars: int) -> str:
+    def render(
+        self, variables: Mapping[str, Any], *, n_input_chars: int, n_messages: int = 0
+    ) -> str:
         """Return the text.
 
         Raises:
             TemplateFault: the template raised, failed, or ran over its budget.
         """
-        budget = Budget(n_input_chars)
+        budget = Budget(n_input_chars, n_messages=n_messages)
         try:
             return "".join(self._template.generate({**variables, _BUDGET: budget}))
         except TemplateFault:
@@ -195,7 +124,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,
-            extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do", _Generation],
+            extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do", Generation],
         )
         self.globals = {
             "range": self.globals["range"],
@@ -207,7 +136,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self._plain = Environment()
         self._plain.filters |= {"tojson": _tojson, "safe": str, "escape": _escape, "e": _escape}
         self.filters = {name: self._charged(name) for name in _FILTERS}
-        self.filters |= {"_out": _out, "_each": _each, "_concat": _concat, "_weigh": _weigh}
+        self.filters |= {
+            "_out": _out,
+            "_each": _each,
+            "_concat": _concat,
+            "_weigh": _weigh,
+            "_sized": _sized,
+        }
 
     def _charged(self, name: str) -> Callable[..., Any]:
         """Return the filter `name` with its input and output charged."""
@@ -300,9 +235,10 @@ def _check_method(budget: Budget, method: Any, args: Any, kwargs: Any) -> None:
     # jinja2 wraps str.format; functools.wraps leaves the method under __wrapped__.
     method = getattr(method, "__wrapped__", method)
     owner = getattr(method, "__self__", None)
+    if isinstance(owner, (str, list, tuple)):
+        budget.spend_value(owner)
     if not isinstance(owner, str):
         return
-    budget.spend_chars(len(owner))
     if name == "replace":
         _check_replace(budget, owner, *args, **kwargs)
     elif name == "join" and args:
@@ -343,6 +279,13 @@ def _check_batch(budget: Budget, _value: Any, n: Any = 1, *_: Any, **__: Any) ->
         budget.spend_steps(max(0, n))
 
 
+def _check_select(budget: Budget, items: Any, *args: Any, **_: Any) -> None:
+    """Charge a comparison of each item with each argument."""
+    if isinstance(items, (str, list, tuple, dict)):
+        n_chars = sum(len(arg) for arg in args if isinstance(arg, (str, list, tuple, dict)))
+        budget.spend_chars(len(items) * n_chars)
+
+
 _FILTER_CHECKS: dict[str, Callable[..., None]] = {
     "replace": _check_replace,
     "join": _check_join,
@@ -352,6 +295,7 @@ _FILTER_CHECKS: dict[str, Callable[..., None]] = {
     "tojson": _check_string,
     "batch": _check_batch,
     "slice": _check_batch,
+    **dict.fromkeys(("select", "reject", "selectattr", "rejectattr", "map"), _check_select),
 }
 
 
@@ -441,74 +385,7 @@ def _weigh(context: Context, value: Any) -> Any:
     return value
 
 
-class _Instrument(NodeTransformer):
-    """Puts the charging filters into a syntax tree."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - NodeTransformer's names
-        self.generic_visit(node)
-        node.iter = _filter(node.iter, "_each")
-        return node
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        for i, child in enumerate(node.nodes):
-            if isinstance(child, nodes.Expr) and not isinstance(child, nodes.TemplateData):
-                node.nodes[i] = _filter(child, "_out")
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _filter(nodes.List(node.nodes, lineno=node.lineno), "_concat")
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        if all(isinstance(item, nodes.Const) for item in node.items):
-            return node
-        return _filter(node, "_weigh")
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _filter(node, "_weigh")
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        if node.ctx != "load" or all(isinstance(item, nodes.Const) for item in node.items):
-            return node
-        return _filter(node, "_weigh")
-
-
-def _filter(node: nodes.Node, name: str) -> nodes.Filter:
-    return nodes.Filter(cast("nodes.Expr", node), name, [], [], None, None, lineno=node.lineno)
-
-
-class _Generation(Extension):
-    """`{% generation %}`: marks what training learns; it renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-# --- what a template says of itself --------------------------------------------------------------
-
-
-def _inspected_literals(node: nodes.Node) -> Iterable[str]:
-    """Yield the strings that the template may look for in a text; not those that it prints."""
-    if isinstance(node, nodes.Const):
-        if isinstance(node.value, str):
-            yield node.value
-        return
-    printing = isinstance(node, (nodes.Output, nodes.Add, nodes.Concat))
-    for child in node.iter_child_nodes():
-        if not (printing and isinstance(child, nodes.Const)):
-            yield from _inspected_literals(child)
-
-
-def _keys(tree: nodes.Node) -> Iterable[str]:
-    for node in tree.find_all((nodes.Getattr, nodes.Const)):
-        if isinstance(node, nodes.Getattr):
-            yield node.attr
-        elif isinstance(node, nodes.Const) and isinstance(node.value, str):
-            yield node.value
+@pass_context
+def _sized(context: Context, value: Any) -> Any:
+    _budget(context).spend_value(value)
+    return value

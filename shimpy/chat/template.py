@@ -8,13 +8,14 @@ from datetime import datetime
 from typing import Any
 
 from shimpy.chat.adapt import adapt, merge_thinking, message_dict, system_into_user, tidy, tool_dict
+from shimpy.chat.budget import TemplateFault
 from shimpy.chat.families import choose_family
 from shimpy.chat.gotemplate import GoTemplate, is_go_template
 from shimpy.chat.guard import ControlTokens, Guard
 from shimpy.chat.messages import ChatMessage, ToolSpec
 from shimpy.chat.probes import probe_go_traits, probe_traits
 from shimpy.chat.rendered import Rendered
-from shimpy.chat.sandbox import CompiledTemplate, TemplateFault, compile_template, strftime_now
+from shimpy.chat.sandbox import CompiledTemplate, compile_template, strftime_now
 from shimpy.chat.traits import Traits, think_variables
 from shimpy.errors import UserError
 from shimpy.protocol.messages import PromptPart, Text
@@ -253,7 +254,7 @@ class ChatTemplate:
             "messages": guard.protect_value(dicts),
             "tools": guard.protect_value(tools) or None,
         }
-        text = template.render(known, n_input_chars=guard.n_chars)
+        text = template.render(known, n_input_chars=guard.n_chars, n_messages=len(messages))
         if cut:
             text, found, _ = text.partition(cut)
             if not found:

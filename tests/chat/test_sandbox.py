@@ -9,13 +9,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from shimpy.chat.sandbox import (
-    MAX_TEMPLATE_CHARS,
-    CompiledTemplate,
-    TemplateFault,
-    compile_template,
-    strftime_now,
-)
+from shimpy.chat.budget import TemplateFault
+from shimpy.chat.sandbox import MAX_TEMPLATE_CHARS, CompiledTemplate, compile_template, strftime_now
 
 
 def render(source: str, **variables: object) -> str:
@@ -58,6 +53,13 @@ BOMBS = {
     "batched": "{{ [1] | batch(999999999, 1) | list }}",
     "sliced": "{{ [1] | slice(999999999) | list }}",
     "mapped in a loop": "{% for a in range(9999) %}{{ range(99999) | map('string') | list | length }}{% endfor %}",
+    "searched in a loop": "{% for i in range(99999) %}{{ 'zz' in big }}{% endfor %}",
+    "searched by a test": "{% for i in range(99999) %}{{ 'zz' is in big }}{% endfor %}",
+    "searched by a filter": "{% for i in range(99999) %}{{ range(999) | map('string') | select('in', big) | list }}{% endfor %}",
+    "compared in a loop": "{% for i in range(99999) %}{{ big == big[:] }}{% endfor %}",
+    "sliced in a loop": "{% for i in range(99999) %}{% set x = big[1:] %}{% endfor %}",
+    "listed in a loop": "{% set l = range(99999) | list %}{% for i in l %}{{ l.index(99998) }}{% endfor %}",
+    "written in a loop": "{% for i in range(99999) %}{% set x = {'a': big} | tojson %}{% endfor %}",
     "deeply nested": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "deeply nested blocks": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
 }
@@ -68,7 +70,7 @@ def test_a_template_that_would_run_away_is_stopped(name: str) -> None:
     """Quickly, too: the budget is charged before the work is done."""
     start = time.process_time()
     with pytest.raises(TemplateFault):
-        render(BOMBS[name])
+        render(BOMBS[name], big="a" * 1_000_000)
     assert time.process_time() - start < 10
 
 
@@ -145,6 +147,16 @@ def test_a_long_conversation_is_no_bomb() -> None:
     messages = ["y" * 5000] * 2000
     text = compile_template(source).render({"messages": messages}, n_input_chars=10_000_000)
     assert len(text) == 20_000_000
+
+
+def test_a_template_may_look_at_all_messages_for_each() -> None:
+    """gpt-oss's does."""
+    source = "{% for m in messages %}{% for n in messages[loop.index:] %}{% endfor %}{% endfor %}"
+    compiled = compile_template(source)
+    messages = ["x"] * 1500
+    compiled.render({"messages": messages}, n_input_chars=1500, n_messages=1500)
+    with pytest.raises(TemplateFault, match="too much work"):
+        compiled.render({"messages": messages}, n_input_chars=1500)
 
 
 def test_a_template_can_refuse() -> None:
