@@ -159,10 +159,18 @@ class Intake:
 
     def _tokenized(self, backend: Backend, message: Tokenize) -> Tokenized:
         if message.ids is not None:
-            check_ids(backend, message.ids)
-            data = b"".join(backend.piece(token, special=True) for token in message.ids)
-            return Tokenized(message.request, message.ids, data.decode("utf-8", "replace"))
-        ids = backend.tokenize(message.text, parse_special=message.parse_special)
-        if message.add_special and backend.add_bos:
-            ids.insert(0, backend.bos_id)
-        return Tokenized(message.request, ids, message.text)
+            ids = check_ids(backend, message.ids)
+            data = b"".join(backend.piece(token, special=True) for token in ids)
+            text = data.decode("utf-8", "replace")
+        elif message.prompt is not None:
+            ids = self._prompts.tokenize(message.prompt, add_bos=message.add_special)
+            text = ""
+        else:
+            ids = backend.tokenize(message.text, parse_special=message.parse_special)
+            if message.add_special:
+                ids = [backend.bos_id] * backend.add_bos + ids + backend.end_ids
+            text = message.text
+        pieces = []
+        if message.wants_pieces:
+            pieces = [backend.piece(token, special=True) for token in ids]
+        return Tokenized(message.request, ids, text, pieces)

@@ -162,13 +162,16 @@ class Embed(_Message, frozen=True):
 
 
 class Tokenize(_Message, frozen=True):
-    """Tokenize a text, or turn ids back into text when `ids` is given."""
+    """Tokenize a text, a whole prompt, or turn ids back into text when `ids` is given."""
 
     request: int
     text: str = ""
     ids: list[int] | None = None
     add_special: bool = False
     parse_special: bool = True
+    # Tokenized just as a Submit's; `add_special` is then its add_bos.
+    prompt: list[PromptPart] | None = None
+    wants_pieces: bool = False
 
 
 class Cancel(_Message, frozen=True):
@@ -293,11 +296,13 @@ class Embedded(_Message, frozen=True):
 
 
 class Tokenized(_Message, frozen=True):
-    """The answer to Tokenize: both forms."""
+    """The answer to Tokenize: both forms, but a prompt's text."""
 
     request: int
     ids: list[int]
     text: str
+    # Each token's bytes, where they were wanted.
+    pieces: list[bytes] = []
 
 
 class Stats(_Message, frozen=True):

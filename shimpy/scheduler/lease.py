@@ -100,18 +100,25 @@ class Lease:
         text: str = "",
         *,
         ids: Sequence[int] | None = None,
+        prompt: Sequence[PromptPart] | None = None,
         add_special: bool = False,
         parse_special: bool = True,
+        wants_pieces: bool = False,
     ) -> Tokenized:
-        """Return a text's tokens, or the text of `ids`; errors as for `generate`."""
+        """Return the tokens of a text or of a prompt, or the text of `ids`.
+
+        Errors as for `generate`.
+        """
         with self._open() as (request, mailbox):
             self._worker.send(
                 Tokenize(
                     request=request,
                     text=text,
                     ids=None if ids is None else list(ids),
+                    prompt=None if prompt is None else list(prompt),
                     add_special=add_special,
                     parse_special=parse_special,
+                    wants_pieces=wants_pieces,
                 )
             )
             await self._worker.wait_writable()

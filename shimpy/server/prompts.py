@@ -150,7 +150,12 @@ def _render_chat(
         return _Form(rendered=_continued(Rendered(parts=[Text(text)]), prompt))
     tools = prompt.offered_tools
     rendered = template.render(
-        prompt.messages, now=now, tools=tools, think=request.think, variables=prompt.variables
+        prompt.messages,
+        now=now,
+        tools=tools,
+        continue_final=prompt.continues,
+        think=request.think,
+        variables=prompt.variables,
     )
     return _Form(
         rendered=_continued(rendered, prompt),

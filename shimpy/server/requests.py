@@ -55,6 +55,8 @@ class ChatPrompt:
     tool_choice: ToolChoice = ToolChoice()
     # Tokens of an earlier answer that this turn follows.
     context: tuple[int, ...] = ()
+    # The last message is the assistant's, and the answer goes on from where it stops.
+    continues: bool = False
     # Jinja.
     template: str | None = None
     # More values for the template, as llama.cpp's chat_template_kwargs.

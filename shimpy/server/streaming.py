@@ -40,6 +40,8 @@ class StreamForm:
 
     content_type: str
     error_chunk: Callable[[ShimpyError], bytes]
+    # What is sent in a silence of server-sent events; a comment, unless the dialect has more.
+    ping: bytes = _PING
 
 
 async def stream_chunks(
@@ -57,7 +59,7 @@ async def stream_chunks(
     Raises:
         ShimpyError: it came before the first chunk.
     """
-    stream = _Stream(request, form.content_type)
+    stream = _Stream(request, form)
     record = record_of(request)
     async with aclosing(chunks):
         try:
@@ -103,11 +105,12 @@ async def _pump(chunks: AsyncGenerator[bytes, None], stream: _Stream) -> None:
 class _Stream:
     """One streamed response; writes are whole chunks, from the handler and from the pinger."""
 
-    def __init__(self, request: web.Request, content_type: str) -> None:
+    def __init__(self, request: web.Request, form: StreamForm) -> None:
         self._request = request
-        self.content_type = content_type
-        self.response = web.StreamResponse(headers={"Content-Type": content_type})
-        if content_type.startswith(SSE):
+        self._ping = form.ping
+        self.content_type = form.content_type
+        self.response = web.StreamResponse(headers={"Content-Type": form.content_type})
+        if form.content_type.startswith(SSE):
             self.response.headers["Cache-Control"] = "no-cache"
             # nginx would collect the events otherwise.
             self.response.headers["X-Accel-Buffering"] = "no"
@@ -157,7 +160,7 @@ class _Stream:
                 await asyncio.sleep(wait_s)
                 continue
             try:
-                await self.write(_PING)
+                await self.write(self._ping)
             except (ConnectionError, TimeoutError):
                 self.abort()
                 return

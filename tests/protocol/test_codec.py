@@ -101,7 +101,16 @@ FOR_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
         truncate=st.booleans(),
     ),
     Embed: st.builds(Embed, requests, st.lists(parts, max_size=3), st.booleans(), st.booleans()),
-    Tokenize: st.builds(Tokenize, requests, texts, st.none() | ids, st.booleans(), st.booleans()),
+    Tokenize: st.builds(
+        Tokenize,
+        requests,
+        texts,
+        st.none() | ids,
+        st.booleans(),
+        st.booleans(),
+        st.none() | parts,
+        st.booleans(),
+    ),
     Cancel: st.builds(Cancel, requests),
     SetThreads: st.builds(SetThreads, st.integers(1, 99)),
     Shutdown: st.builds(Shutdown),
@@ -119,7 +128,9 @@ FOR_DAEMON: dict[type, st.SearchStrategy[ToDaemon]] = {
     LoadFailed: st.builds(LoadFailed, texts, st.booleans()),
     Events: st.builds(Events, st.lists(events, max_size=4)),
     Embedded: st.builds(Embedded, requests, requests, st.binary(max_size=40), requests),
-    Tokenized: st.builds(Tokenized, requests, ids, texts),
+    Tokenized: st.builds(
+        Tokenized, requests, ids, texts, st.lists(st.binary(max_size=4), max_size=3)
+    ),
     Failed: st.builds(Failed, requests, texts, texts),
     Stats: st.builds(Stats, requests, requests, requests),
 }
