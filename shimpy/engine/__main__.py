@@ -96,7 +96,14 @@ def _serve(channel: Channel, open_backend: OpenBackend) -> int:
         return 1
     intake.serve(backend, embeds=load.embedding or backend.has_encoder)
     channel.send(_ready(backend, time.monotonic() - started_s))
-    Engine(backend, inbox=intake.inbox, send=channel.send, clock=time.monotonic).run()
+    engine = Engine(
+        backend,
+        inbox=intake.inbox,
+        send=channel.send,
+        clock=time.monotonic,
+        n_ubatch=load.n_ubatch,
+    )
+    engine.run()
     backend.close()
     return 0
 

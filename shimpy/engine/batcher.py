@@ -18,11 +18,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from shimpy.engine.backend import Chunk
+from shimpy.engine.pace import Pace
 from shimpy.engine.slots import KvOp, Match, Sequence, Slots
 
-# Prefill tokens in a batch while others generate: a running stream stalls 0.25 s at most on
-# two cores with a 200M model (with 256: 0.44 s, and no sooner a first token).
-PREFILL_CHUNK = 128
 # Room for this many new tokens is wanted before a sequence is admitted.
 MARGIN = 64
 
@@ -34,6 +32,8 @@ class Batch:
     ops: list[KvOp]
     chunks: list[Chunk]
     sequences: list[Sequence]
+    # Tokens of those that do not generate yet.
+    n_prefill: int
 
 
 class Batcher:
@@ -47,12 +47,11 @@ class Batcher:
         n_batch: int,
         can_split: bool,
         can_shift: bool,
-        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         self._n_ctx = n_ctx
         self._n_batch = n_batch
         self._can_shift = can_shift
-        self._prefill_chunk = prefill_chunk
+        self._pace = Pace(n_batch)
         # A batch has room for one token of each sequence.
         self._slots = Slots(min(n_slots, n_batch), n_ctx, can_split=can_split)
         self._waiting: deque[Sequence] = deque()
@@ -91,8 +90,10 @@ class Batcher:
             sequence.n_keep = min(n_keep, self._n_ctx // 2)
         self._waiting.append(sequence)
 
-    def on_decoded(self, batch: Batch) -> None:
-        """Note that a batch is in the KV cache."""
+    def on_decoded(self, batch: Batch, elapsed_s: float) -> None:
+        """Note that a batch is in the KV cache, and how long it took."""
+        if batch.n_prefill:
+            self._pace.on_batch(batch.n_prefill, elapsed_s)
         grow = self._slots.cells.grow
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
             n = len(chunk.tokens)
@@ -218,7 +219,7 @@ class Batcher:
         n_decode = len(generating)
         n_prefill = self._n_batch - n_decode
         if n_decode:
-            n_prefill = min(n_prefill, self._prefill_chunk)
+            n_prefill = min(n_prefill, self._pace.chunk)
         n_prefill = min(n_prefill, sum(s.n_pending for s in prefilling))
         cells = self._slots.cells
         while (n_missing := n_decode + n_prefill - cells.n_free) > 0:
@@ -244,7 +245,7 @@ class Batcher:
         for sequence, n in _share_out(prefilling, n_prefill):
             chunks.append(_chunk(sequence, n))
             sequences.append(sequence)
-        return Batch(self._slots.take_ops(), chunks, sequences)
+        return Batch(self._slots.take_ops(), chunks, sequences, n_prefill)
 
 
 def _chunk(sequence: Sequence, n: int) -> Chunk:

@@ -49,7 +49,12 @@ class Engine:
         inbox: Inbox,
         send: Callable[[ToDaemon], None],
         clock: Callable[[], float],
+        n_ubatch: int = 512,
     ) -> None:
+        """Start idle; no batch is longer than the backend's `n_ubatch`.
+
+        llama.cpp would only cut it up, and a cancel or a newcomer would wait for all of it.
+        """
         self._backend = backend
         self._inbox = inbox
         self._send = send
@@ -57,7 +62,7 @@ class Engine:
         self._batcher = Batcher(
             n_slots=backend.n_slots,
             n_ctx=backend.n_ctx,
-            n_batch=backend.n_batch,
+            n_batch=min(backend.n_batch, max(n_ubatch, backend.n_slots)),
             can_split=backend.can_split,
             can_shift=backend.can_shift,
         )
@@ -84,9 +89,10 @@ class Engine:
         """Take in what has arrived, run one batch, and send what it gave."""
         while not self._inbox.empty():
             self._on_work(self._inbox.get_nowait())
-        batch = self._batcher.next_batch(self._clock())
+        now = self._clock()
+        batch = self._batcher.next_batch(now)
         if batch is not None:
-            self._run(batch)
+            self._run(batch, now)
         elif self._embeddings:
             for answer in self._embeddings.step():
                 self._send(answer)
@@ -145,7 +151,7 @@ class Engine:
 
     # --- one batch ---
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, batch: Batch, started_s: float) -> None:
         if not all(map(self._apply, batch.ops)):
             self._batcher.on_kv_refused()
             return
@@ -155,8 +161,9 @@ class Engine:
             self._fail_batch(batch, error)
             return
         if status == DecodeStatus.OK:
-            self._batcher.on_decoded(batch)
-            self._sample(batch, self._clock())
+            now = self._clock()
+            self._batcher.on_decoded(batch, now - started_s)
+            self._sample(batch, now)
         elif status == DecodeStatus.KV_FULL:
             self._make_room()
         else:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from shimpy.engine.batcher import MARGIN, PREFILL_CHUNK, Batch, Batcher
+from shimpy.engine.batcher import MARGIN, Batch, Batcher
+from shimpy.engine.pace import MIN_CHUNK
 from shimpy.engine.slots import Sequence
 
 
@@ -25,6 +26,8 @@ class Bench:
             }
         )
         self.now = 0.0
+        # What a token of prefill takes: 128 of them are as much as streams should wait.
+        self.token_s = 0.001
         self.n = 0
 
     def submit(self, n_tokens: int, **options: Any) -> Sequence:
@@ -45,7 +48,7 @@ class Bench:
     def step(self) -> dict[Sequence, int]:
         """Run one batch; return how many tokens of each sequence were in it."""
         batch = self.plan()
-        self.batcher.on_decoded(batch)
+        self.batcher.on_decoded(batch, self.token_s * batch.n_prefill)
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
             if chunk.wants_logits and not self.batcher.on_token(sequence, 9):
                 self.batcher.finish(sequence)
@@ -68,7 +71,16 @@ def test_beside_a_stream_a_prompt_comes_in_small_chunks() -> None:
     long = bench.submit(300)
     steps = [bench.step() for _ in range(4)]
     assert [step[stream] for step in steps] == [1, 1, 1, 1]
-    assert [step[long] for step in steps] == [PREFILL_CHUNK, PREFILL_CHUNK, 44, 1]
+    assert [step[long] for step in steps] == [MIN_CHUNK, MIN_CHUNK, 44, 1]
+
+
+def test_beside_a_stream_chunks_grow_where_they_are_quick() -> None:
+    bench = Bench()
+    bench.token_s = 0.0001
+    bench.submit(5)
+    bench.step()
+    long = bench.submit(1500)
+    assert [bench.step()[long] for _ in range(4)] == [128, 256, 511, 511]
 
 
 def test_only_the_last_token_of_a_prompt_gives_logits() -> None:
@@ -186,10 +198,11 @@ def test_the_youngest_gives_way_when_the_cache_is_full() -> None:
 def test_who_gave_way_comes_back_first_and_goes_on_where_it_was() -> None:
     bench = Bench(n_ctx=400, n_slots=3)
     sequences = [bench.submit(50) for _ in range(3)]
+    later = bench.submit(5)
     while not any(sequence.n_preempted for sequence in sequences):
         bench.step()
-    later = bench.submit(5)
     youngest = sequences[2]
+    assert [*bench.batcher._waiting] == [youngest, later]
     n_generated = youngest.n_generated
     bench.batcher.finish(sequences[0])
     step = bench.step()
@@ -197,6 +210,20 @@ def test_who_gave_way_comes_back_first_and_goes_on_where_it_was() -> None:
     assert step[youngest] > 1
     assert youngest.n_generated in (n_generated, n_generated + 1)
     assert youngest.order < later.order
+
+
+def test_after_the_cache_was_lost_all_go_on_even_if_they_shared_it() -> None:
+    """Computed anew, what was shared takes its room for each: not all of them fit any more."""
+    bench = Bench(n_ctx=400)
+    tokens = list(range(300))
+    sequences = [bench.submit_tokens([*tokens, 5000 + n], n_predict=20) for n in range(3)]
+    bench.step()
+    bench.step()
+    assert bench.batcher.n_running == 3
+    bench.batcher.on_kv_refused()
+    while bench.batcher.n_running or bench.batcher.n_waiting:
+        bench.step()
+    assert [sequence.n_generated for sequence in sequences] == [20] * 3
 
 
 def test_a_shared_prefix_is_prefilled_once_by_any_number_of_streams() -> None:

@@ -226,6 +226,17 @@ def test_shifted_positions_are_no_prefix_for_others() -> None:
     assert slots.best_match(new(same.tokens)).n_now == len(same.tokens) - 1
 
 
+def test_what_is_left_of_a_shifted_cache_is_no_more_exact() -> None:
+    new, slots = Order(), Slots(1, 4096, can_split=True)
+    sequence = start(slots, new([*A, *B]))
+    compute(slots, sequence)
+    slots.shift(sequence, 11)
+    tokens = list(sequence.tokens)
+    slots.release(sequence)
+    assert slots.evict(1)
+    assert slots.best_match(new(tokens)).n_now == 11
+
+
 @given(
     st.lists(st.integers(0, 2), max_size=40),
     st.lists(st.integers(0, 2), max_size=9),
