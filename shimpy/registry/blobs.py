@@ -104,12 +104,25 @@ class Blobs:
             with disk.explained(path):
                 disk.make_folder(self.partials)
                 disk.make_folder(self.folder)
+        return self._begin(path, target, keeps=resume)
+
+    def begin_unnamed(self, key: str) -> BlobWriter:
+        """Return a writer for a file whose digest nobody knows yet; it resumes like `begin`.
+
+        Its beginning lies in the working folder of `key`, which the caller discards at the end.
+        """
+        path = self.working_folder(key) / "data"
+        with disk.explained(path):
+            disk.make_folder(self.folder)
+        return self._begin(path, None, keeps=True)
+
+    def _begin(self, path: Path, target: Path | None, *, keeps: bool) -> BlobWriter:
         with self._lock:
             if path in self._open:
-                raise RegistryError(f"{digest} is being written already")
+                raise RegistryError(f"{(target or path).name} is being written already")
             self._open.add(path)
         try:
-            return BlobWriter(self, path, target, keeps=resume, hook=self._hook)
+            return BlobWriter(self, path, target, keeps=keeps, hook=self._hook)
         except BaseException:
             self.release(path)
             raise
@@ -199,7 +212,7 @@ class Blobs:
             if disk.is_temporary(path) and not self._is_open(path):
                 yield _stored_file(path)
         for path in _entries(self.partials):
-            if not self._is_open(path):
+            if not self._is_open(path) and not self._is_open(path / "data"):
                 yield _stored_file(path)
 
     def release(self, path: Path) -> None:
@@ -219,7 +232,7 @@ class BlobWriter:
     """
 
     def __init__(
-        self, blobs: Blobs, path: Path, target: Path, *, keeps: bool, hook: disk.Hook
+        self, blobs: Blobs, path: Path, target: Path | None, *, keeps: bool, hook: disk.Hook
     ) -> None:
         self._blobs = blobs
         self._path = path
@@ -278,16 +291,17 @@ class BlobWriter:
             DigestMismatchError: it is not what the digest says; it is thrown away.
         """
         actual = f"sha256:{self._hash.hexdigest()}"
-        if self._target.name != actual.replace(":", "-"):
+        target = self._target or self._blobs.path(actual)
+        if target.name != actual.replace(":", "-"):
             self.discard()
-            raise _mismatch(self._target.name.replace("-", ":"), actual)
-        with disk.explained(self._target):
+            raise _mismatch(target.name.replace("-", ":"), actual)
+        with disk.explained(target):
             self._hook("blob: sync")
             disk.sync_file(self._file)
             self._file.close()
-            disk.publish(self._path, self._target, hook=lambda step: self._hook(f"blob: {step}"))
+            disk.publish(self._path, target, hook=lambda step: self._hook(f"blob: {step}"))
         self._blobs.release(self._path)
-        return self._target
+        return target
 
     def discard(self) -> None:
         """Close, and keep nothing."""
