@@ -15,7 +15,14 @@ from shimpy.gguf.parser import parse_header
 from shimpy.names import parse_shard
 from shimpy.units import format_bytes
 
-__all__ = ["check_data", "parse_header", "read_files", "read_header", "shard_paths"]
+__all__ = [
+    "check_data",
+    "merge_headers",
+    "parse_header",
+    "read_files",
+    "read_header",
+    "shard_paths",
+]
 
 # What no real model comes near; the names of that many files are made up front.
 MAX_SHARDS: Final = 1024
@@ -81,7 +88,7 @@ def read_files(paths: Sequence[Path]) -> Header:
 
     The files' names mean nothing: some stores name them by their digests.
     """
-    return _merge([_read_file(path) for path in paths])
+    return merge_headers([_read_file(path) for path in paths])
 
 
 def _read_file(path: Path) -> Header:
@@ -106,7 +113,12 @@ def _map(file: BinaryIO, size: int) -> mmap.mmap:
         raise GgufError(f"{file.name}: the file shrank while it was opened") from error
 
 
-def _merge(parts: list[Header]) -> Header:
+def merge_headers(parts: Sequence[Header]) -> Header:
+    """Return the header of a model out of those of its shards, in order; of a single file its own.
+
+    Raises:
+        GgufError: they are not of one model, or not all of it.
+    """
     first = parts[0]
     if len(parts) == 1:
         n_split = first.get_int("split.count", 1)
