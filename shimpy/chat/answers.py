@@ -7,7 +7,7 @@ thought.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shimpy.chat.formats import ChatFormat
 from shimpy.chat.gbnf import Rules, literal, until
@@ -70,6 +70,9 @@ def _calls(rules: Rules, tools: Sequence[ToolSpec], chat_format: ChatFormat) -> 
 
 
 def _call(rules: Rules, tool: ToolSpec, chat_format: ChatFormat) -> str:
+    properties = tool.parameters.get("properties")
+    if chat_format.tagged_calls and isinstance(properties, Mapping):
+        return _tagged_call(rules, tool, properties)
     try:
         arguments = add_schema(rules, {"type": "object", **tool.parameters})
     except UserError as error:
@@ -81,6 +84,32 @@ def _call(rules: Rules, tool: ToolSpec, chat_format: ChatFormat) -> str:
     written = json.dumps(tool.name, ensure_ascii=False)[1:-1]
     before = literal(frame.before + written + frame.between)
     return f"{before} {arguments} {literal(frame.after) if frame.after else ''}".rstrip()
+
+
+def _tagged_call(rules: Rules, tool: ToolSpec, properties: Mapping[str, object]) -> str:
+    """Return a call as Qwen Coder writes it; a text stands in its tags without quotes."""
+    required = tool.parameters.get("required") or ()
+    parts = [literal(f"<tool_call>\n<function={tool.name}>\n")]
+    for name, schema in properties.items():
+        try:
+            value = _tagged_value(rules, schema, tool.parameters)
+        except UserError as error:
+            place = f"the parameter {name!r} of the tool {tool.name!r}"
+            raise UserError(f"{place}: {error}") from error
+        part = f"{literal(f'<parameter={name}>' + chr(10))} {value}"
+        parts.append(part if name in required else f"({part})?")
+    return " ".join([*parts, literal("</function>\n</tool_call>")])
+
+
+def _tagged_value(rules: Rules, schema: object, root: Mapping[str, object]) -> str:
+    end = "\n</parameter>\n"
+    if isinstance(schema, Mapping) and schema.get("type") == "string":
+        texts = schema.get("enum")
+        if not isinstance(texts, list):
+            return until(rules, end)
+        options = " | ".join(literal(text) for text in texts if isinstance(text, str))
+        return f"({options}) {literal(end)}"
+    return f"{add_schema(rules, schema, root=root)} {literal(end)}"
 
 
 def _after_thought(

@@ -144,6 +144,8 @@ class ChatFormat:
     tool: ToolSyntax = HERMES
     # How a call is written when it has to be made.
     frame: CallFrame = _HERMES_FRAME
+    # Calls are tags all the way down (Qwen Coder), instead of `frame`.
+    tagged_calls: bool = False
     # Calls are bare JSON objects, at the beginning of the answer (Llama 3).
     bare_json: bool = False
     # The model's tokenizer has marks as control tokens: Submit.show_special must be set.
@@ -173,6 +175,7 @@ def choose_format(template: ChatTemplate, *, with_tools: bool = False) -> ChatFo
         thinking=thinking,
         tool=tool,
         frame=_frame(tool, used.traits.call_sample, bare_json=bare_json),
+        tagged_calls="<function=" in used.traits.call_sample,
         bare_json=bare_json,
         show_special=any(used.has_control(mark) for mark in marks),
     )

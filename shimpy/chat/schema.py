@@ -60,13 +60,15 @@ def schema_grammar(schema: object) -> str:
     return rules.text()
 
 
-def add_schema(rules: Rules, schema: object) -> str:
+def add_schema(rules: Rules, schema: object, *, root: object = None) -> str:
     """Add the rules of a schema to a grammar; return the rule for its documents.
+
+    `root` is the schema that references point into; None: the schema itself.
 
     Raises:
         UserError: as schema_grammar.
     """
-    return _Compiler(rules, schema).compile(schema, Place())
+    return _Compiler(rules, schema if root is None else root).compile(schema, Place())
 
 
 class _Compiler:
@@ -92,6 +94,8 @@ class _Compiler:
         return self._compile_object(schema, place)
 
     def _compile_object(self, schema: Schema, place: Place) -> str:
+        # Some clients write null for what they leave out.
+        schema = {k: v for k, v in schema.items() if v is not None or k == "const"}
         for key in _UNSUPPORTED:
             if key in schema and not _is_harmless(key, schema):
                 raise place.beside(key).error(f"{key} is not supported")

@@ -75,6 +75,13 @@ def test_a_call_that_has_to_be_made_is_one_that_the_parser_reads(
     ("name", "written"),
     [
         ("qwen3", '<tool_call>\n{"name": "get_x", "arguments": {"x": 1}}\n</tool_call>'),
+        (
+            "qwen3-coder",
+            (
+                "<tool_call>\n<function=get_x>\n<parameter=x>\n1\n</parameter>\n"
+                "</function>\n</tool_call>"
+            ),
+        ),
         ("llama31", '{"name": "get_x", "parameters": {"x": 1}}'),
         ("mistral-v7", '[TOOL_CALLS] [{"name": "get_x", "arguments": {"x": 1}}]'),
         ("magistral", '[TOOL_CALLS]get_x[ARGS]{"x": 1}'),
@@ -107,7 +114,39 @@ def test_a_call_is_written_as_its_family_writes_it(
     grammar = call_answer(chosen, TOOLS, prompt=template.traits.prompt_end)
     assert accepts(vocabulary, grammar, written)
     assert not accepts(vocabulary, grammar, "I would rather not.")
-    assert not accepts(vocabulary, grammar, written.replace('"x"', '"y"'))
+    assert not accepts(vocabulary, grammar, written.replace('"x"', '"y"').replace("=x", "=y"))
+
+
+def test_texts_in_tags_are_free_and_other_values_by_their_schema(vocabulary: Vocabulary) -> None:
+    parameters = {
+        "$defs": {"n": {"type": "integer"}},
+        "properties": {
+            "text": {"type": "string"},
+            "kind": {"type": "string", "enum": ["a", "b"]},
+            "n": {"$ref": "#/$defs/n"},
+        },
+        "required": ["text"],
+    }
+    tool = ToolSpec(name="f", parameters=parameters)
+    chat_format = ChatFormat(tagged_calls=True)
+    grammar = call_answer(chat_format, [tool])
+
+    def written(**values: str) -> str:
+        tags = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in values.items())
+        return f"<tool_call>\n<function=f>\n{tags}</function>\n</tool_call>"
+
+    text = written(text='def f():\n    "</par"', kind="b", n="7")
+    assert accepts(vocabulary, grammar, text)
+    parser = make_parser(chat_format, tools=[tool])
+    (call,) = [*parser.push(text), *parser.finish()]
+    assert isinstance(call, ToolCall)
+    assert call.arguments == {"text": 'def f():\n    "</par"', "kind": "b", "n": 7}
+    assert accepts(vocabulary, grammar, written(text=""))
+    assert not accepts(vocabulary, grammar, written(kind="a"))
+    assert not accepts(vocabulary, grammar, written(text="x", kind="c"))
+    assert not accepts(vocabulary, grammar, written(text="x", n="seven"))
+    with pytest.raises(UserError, match=r"'x' of the tool 'f'.*#/not"):
+        call_answer(chat_format, [ToolSpec(name="f", parameters={"properties": {"x": {"not": 1}}})])
 
 
 def test_a_named_tool_is_the_only_one() -> None:

@@ -283,6 +283,12 @@ CASES: dict[str, tuple[Any, list[str], list[str]]] = {
         ["0.001", "1", "99.5"],
         ["0", "0.0", "-1"],
     ),
+    "null for nothing": (
+        {"properties": None, "required": None, "const": None, "$ref": None},
+        ["null"],
+        ["{}"],
+    ),
+    "null for no properties": ({"type": "object", "properties": None}, ["{}", '{"a":1}'], ["null"]),
     "annotations": (
         {"title": "x", "description": "y", "default": 1, "$schema": "z", "unknown-word": 1},
         ["[]"],
