@@ -48,9 +48,9 @@ class _Instrument(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         for operand in node.ops:
-            # Against a literal it can't take long, but for a search in something else.
+            # Against a literal it can't take long, but for a search (in, not in).
             if not isinstance(operand.expr, nodes.Const) and (
-                operand.op in ("in", "notin") or not isinstance(node.expr, nodes.Const)
+                operand.op.endswith("in") or not isinstance(node.expr, nodes.Const)
             ):
                 operand.expr = _filter(operand.expr, "_sized")
         return node
