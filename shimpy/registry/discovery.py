@@ -13,6 +13,8 @@ from shimpy.names import ModelName, parse_shard
 from shimpy.registry.settings import NO_SETTINGS, ModelSettings
 
 SUFFIX: Final = ".gguf"
+# What FoundModel.tool is for models of shimpy's own store.
+STORE: Final = "store"
 # Bounds for a folder that is really a whole disk: levels below it, and entries looked at.
 MAX_DEPTH: Final = 12
 MAX_ENTRIES: Final = 200_000

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from shimpy.names import ModelName, name_from_stem, name_part
-from shimpy.registry.discovery import FoundModel
+from shimpy.registry.discovery import STORE, FoundModel
 
 _PROJECTOR_MARK: Final = "mmproj"
 # Of several projectors of one model: exact enough and small first.
@@ -38,7 +38,7 @@ def assign_names(models: Sequence[FoundModel]) -> tuple[list[Named], list[str]]:
 
     1. The first to have a name keeps it.
     2. One whose files came before is no model of its own, but a further name of the first;
-       unless it has settings of its own, or is of the same tool, whose user named them apart.
+       unless their settings differ, or somebody named them apart on purpose.
     3. One that comes after another of its name gets its tool's or its folders' names in front,
        as many as it takes, and at last a number.
     """
@@ -97,9 +97,13 @@ def _keys(model: FoundModel) -> list[object]:
 
 
 def _is_twin(model: FoundModel, other: FoundModel) -> bool:
-    is_named_apart = model.tool != "" and model.tool == other.tool
-    has_own_settings = not model.settings.is_empty and model.settings != other.settings
-    return not is_named_apart and not has_own_settings and model.is_same_as(other)
+    """Whether a model is but another name of one that came before it."""
+    if model.tool and model.tool == other.tool:
+        return False
+    # A name in the store for a file elsewhere was given to have both.
+    if other.tool == STORE and model.files[0].identity == other.files[0].identity:
+        return False
+    return model.settings == other.settings and model.is_same_as(other)
 
 
 def pick_projector(

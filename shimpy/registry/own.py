@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Final
 
 from shimpy.names import ModelName
-from shimpy.registry.discovery import FoundFile, FoundModel, Scan, found_file
+from shimpy.registry.discovery import STORE, FoundFile, FoundModel, Scan, found_file
 from shimpy.registry.manifest import Manifest, ManifestFile
 from shimpy.registry.store import Store, name_of_file
 
-STORE: Final = "store"
 BUILT_IN: Final = "built-in"
 DEMO: Final = ModelName("demo")
 # Installed with the package.

@@ -151,6 +151,10 @@ class Store:
         """Manifest and settings files that can't be read, and why."""
         return MappingProxyType(dict(self._damaged))
 
+    def is_damaged(self, name: ModelName) -> bool:
+        """Whether the store has a manifest of that name which can't be read."""
+        return _file_of(self.manifest_folder, name) in self._damaged
+
     def path_of(self, file: ManifestFile) -> Path:
         """Return where a manifest's file lies."""
         return Path(file.path) if file.path else self.blobs.path(file.digest)

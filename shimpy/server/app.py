@@ -24,6 +24,8 @@ from shimpy.server.errors import (
 )
 from shimpy.server.guard import cors_headers
 from shimpy.server.native import routes as native
+from shimpy.server.native import store
+from shimpy.server.ollama import library
 from shimpy.server.ollama import routes as ollama
 from shimpy.server.openai import routes as openai
 from shimpy.server.record import REQUEST_ID_HEADER, Record, attach_record, log_bug, record_of
@@ -50,7 +52,13 @@ def make_app(services: Services, routes: Iterable[web.RouteDef] | None = None) -
 
 def all_routes() -> list[web.RouteDef]:
     """Return the routes of all dialects."""
-    return [*ollama.ROUTES, *openai.ROUTES, *native.ROUTES]
+    return [
+        *ollama.ROUTES,
+        *library.ROUTES,
+        *openai.ROUTES,
+        *native.ROUTES,
+        *store.ROUTES,
+    ]
 
 
 @web.middleware
