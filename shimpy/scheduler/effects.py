@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shimpy.errors import ShimpyError
 from shimpy.placement.placement import Rung
 from shimpy.registry.model import Model
-from shimpy.scheduler.states import Event, RequestId, WorkerId
+from shimpy.scheduler.states import Event, EventKind, RequestId, WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +67,8 @@ class Note:
 
 
 Effect = StartWorker | StopWorker | Grant | Reject | SetThreads | Probe | Note
+
+
+def note(kind: EventKind, model: str, reason: str, now: float) -> Note:
+    """Return the effect that tells of an event."""
+    return Note(event=Event(kind=kind, model=model, reason=reason, at_s=now))

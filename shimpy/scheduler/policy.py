@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Placement, Plan, PlanOptions, Rung
+from shimpy.registry.model import Model
 from shimpy.scheduler.ledger import Ledger, rung_fits
 from shimpy.scheduler.states import Phase, Request, Resident, WorkerId
 
@@ -42,13 +43,13 @@ def serves(resident: Resident, request: Request) -> bool:
     if resident.model.digest != request.model.digest:
         return False
     # Whatever the planner made of it, asking again for the same would change nothing.
-    if request.options == resident.loaded_for:
+    if request.options == resident.purpose.loaded_for:
         return True
-    if not _differ_in_n_ctx_only(resident.asked, request.options):
+    if not _differ_in_n_ctx_only(resident.purpose.asked, request.options):
         return False
     # What was asked for counts as given, where the planner gave less (the model's own limit).
-    loaded = max(resident.rung.placement.n_ctx, resident.asked.n_ctx or 0)
-    return (request.options.n_ctx or resident.default_n_ctx) <= loaded
+    loaded = max(resident.rung.placement.n_ctx, resident.purpose.asked.n_ctx or 0)
+    return (request.options.n_ctx or resident.purpose.default_n_ctx) <= loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +59,10 @@ class Wish:
     options: PlanOptions
     or_default: bool = False
 
-    def plan(self, planner: Planner, shape: ModelShape, hardware: Hardware) -> Plan:
+    def plan(self, planner: Planner, model: Model, hardware: Hardware) -> Plan:
         """Return the plan for the larger of the two contexts."""
+        shape = model.shape
+        assert shape is not None, "broken models are rejected on arrival"
         asked = self.options.n_ctx
         if self.or_default and asked is not None:
             by_default = planner(shape, hardware, replace(self.options, n_ctx=None))
@@ -238,6 +241,18 @@ def lower_rungs(plan: Plan, chosen: Rung) -> tuple[Rung, ...]:
         return ()
     below = plan.ladder[plan.ladder.index(chosen) + 1 :]
     return tuple(rung for rung in below if rung.fits and rung.placement != chosen.placement)
+
+
+def describe(rung: Rung) -> str:
+    """Return a placement in a few words, for the log and `ps`."""
+    placement = rung.placement
+    where = {
+        "gpu": "all on the GPU",
+        "experts-in-ram": f"experts of {placement.moe_layers_in_ram} layers in RAM",
+        "partial-gpu": f"{placement.n_gpu_layers} of {placement.n_layers + 1} layers on the GPU",
+        "cpu": "on the CPU",
+    }[placement.mode]
+    return f"{where}, context {placement.n_ctx}, {placement.n_slots} slots"
 
 
 # --- times and threads ------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from shimpy.placement.planner import plan_model
 from shimpy.protocol.messages import Load, LoadFailed, Ready, SetThreads, Stats
 from shimpy.registry.model import Model
 from shimpy.scheduler import effects as fx
-from shimpy.scheduler.core import Limits, SchedulerCore
+from shimpy.scheduler.books import Limits
+from shimpy.scheduler.core import SchedulerCore
 from shimpy.scheduler.exits import ExitKind, WorkerExit
 from shimpy.scheduler.lease import Lease
 from shimpy.scheduler.policy import Planner

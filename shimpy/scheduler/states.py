@@ -50,17 +50,24 @@ class Request:
     arrived_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Purpose:
+    """What a model is loaded for."""
+
+    # What the request asked for that made it load, and that with the largest n_ctx of anyone.
+    loaded_for: PlanOptions
+    asked: PlanOptions
+    # The context that a request without a wish of its own is content with; 0: any.
+    default_n_ctx: int
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Resident:
     """A model held by a worker, from the decision to start it until it is reaped."""
 
     worker: WorkerId
     model: Model
-    # What the request asked for that made it load, and that with the largest n_ctx of anyone.
-    loaded_for: PlanOptions
-    asked: PlanOptions
-    # The context that a request without a wish of its own is content with; 0: any.
-    default_n_ctx: int
+    purpose: Purpose
     rung: Rung
     # Rungs to try when this load runs out of memory; empty when it is such a try.
     lower_rungs: tuple[Rung, ...]
@@ -99,9 +106,7 @@ class Retry:
     """A load that ran out of memory and is tried once more, with a lower rung."""
 
     rungs: tuple[Rung, ...]
-    loaded_for: PlanOptions
-    asked: PlanOptions
-    default_n_ctx: int
+    purpose: Purpose
     reason: str
 
 

@@ -17,7 +17,8 @@ from shimpy.placement.placement import PlanOptions, Rung
 from shimpy.protocol.messages import Ready
 from shimpy.registry.model import Model
 from shimpy.scheduler import effects as fx
-from shimpy.scheduler.core import Limits, SchedulerCore
+from shimpy.scheduler.books import Limits
+from shimpy.scheduler.core import SchedulerCore
 from shimpy.scheduler.exits import ExitKind, WorkerExit
 from shimpy.scheduler.policy import Planner
 from shimpy.scheduler.states import Event, Phase, Request, RequestId, WorkerId
@@ -228,7 +229,7 @@ class Simulation:
         lines = [
             f"{resident.key} worker {resident.worker} {resident.phase.value} "
             f"leases {resident.leases} yields to {resident.yields_to} "
-            f"asked {resident.asked.n_ctx} {resident.rung.placement.mode}"
+            f"asked {resident.purpose.asked.n_ctx} {resident.rung.placement.mode}"
             for resident in self.core.residents.values()
         ]
         for queue in self.core.queues.values():
@@ -268,8 +269,8 @@ class Simulation:
         assert residents.keys() == self.processes.keys()
         leases = {r: w for w, resident in residents.items() for r in resident.leases}
         assert leases == self.granted, "a lease is lost"
-        assert self.core._leases.keys() == leases.keys()
-        assert self.core._waiting.keys() == set(self.waiting)
+        assert self.core._books.leases.keys() == leases.keys()
+        assert self.core._books.waiting.keys() == set(self.waiting)
         queued = {r.id for queue in self.core.queues.values() for r in queue.waiting}
         assert queued == set(self.waiting), "a request is lost"
         ends = [set(self.waiting), set(self.granted), set(self.errors), self.over]

@@ -19,7 +19,7 @@ from shimpy.errors import (
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Plan, PlanOptions
-from shimpy.scheduler.core import Limits
+from shimpy.scheduler.books import Limits
 from shimpy.scheduler.policy import PATIENCE_S
 from shimpy.scheduler.states import Phase
 from tests.scheduler.simulation import ABORTED, OUT_OF_MEMORY, Simulation

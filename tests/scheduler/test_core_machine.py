@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from shimpy.placement.placement import PlanOptions
-from shimpy.scheduler.core import Limits
+from shimpy.scheduler.books import Limits
 from shimpy.scheduler.states import Phase
 from tests.scheduler.simulation import ABORTED, OUT_OF_MEMORY, Simulation
 from tests.scheduler.support import make_hardware, make_model, make_shape

@@ -1,0 +1,211 @@
+"""Who waits, who holds a lease, which workers there are: the core's state. Pure.
+
+`Books` has the moves that keep its parts consistent, and the few conditions that several
+decisions share. What to do when is decided in `core` and `placing`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shimpy.errors import ShimpyError
+from shimpy.placement.placement import Rung
+from shimpy.scheduler import policy
+from shimpy.scheduler.effects import Effect, Grant, Reject, StartWorker, StopWorker, note
+from shimpy.scheduler.states import (
+    EventKind,
+    ModelQueue,
+    Phase,
+    Purpose,
+    Request,
+    RequestId,
+    Resident,
+    WorkerId,
+)
+
+# Weight of the newest lease in the running mean of their lengths.
+_MEAN_WEIGHT = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The settings that the core keeps to."""
+
+    keep_alive_s: float
+    # Requests that may wait for one model.
+    max_queue: int
+    # Threads of every worker; None: busy workers share the cores.
+    n_threads: int | None = None
+
+
+class Books:
+    """Every request is in at most one place: waiting in its model's queue, or holding a lease."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.queues: dict[str, ModelQueue] = {}
+        self.residents: dict[WorkerId, Resident] = {}
+        self.waiting: dict[RequestId, ModelQueue] = {}
+        # With the time of the grant.
+        self.leases: dict[RequestId, tuple[Resident, float]] = {}
+        # From the last snapshot of the hardware.
+        self.n_cores = 1
+        self._last_worker = 0
+
+    # --- requests -------------------------------------------------------------------------
+
+    def queue_of(self, request: Request) -> ModelQueue:
+        """Return the queue of a request's model, a new one if there is none."""
+        key = str(request.model.name)
+        return self.queues.setdefault(key, ModelQueue(key=key))
+
+    def enqueue(self, queue: ModelQueue, request: Request) -> None:
+        """Put a request at the end of its queue."""
+        queue.waiting.append(request)
+        self.waiting[request.id] = queue
+
+    def dequeue(self, request: RequestId) -> ModelQueue | None:
+        """Take a request out of its queue and return that; None: it does not wait."""
+        queue = self.waiting.pop(request, None)
+        if queue is not None:
+            queue.waiting = deque(other for other in queue.waiting if other.id != request)
+            self._forget_wishes(queue)
+        return queue
+
+    def can_grant(self, queue: ModelQueue, request: Request) -> bool:
+        """Whether the queue's resident can take a request right now."""
+        resident = queue.resident
+        return (
+            resident is not None
+            and resident.phase is Phase.READY
+            and len(resident.leases) < resident.capacity
+            and (resident.yields_to is None or request.id < resident.yields_to)
+            and policy.serves(resident, request)
+        )
+
+    def grant_waiting(self, queue: ModelQueue, now: float) -> list[Effect]:
+        """Grant from the front of the queue as long as its resident can take the next one."""
+        effects: list[Effect] = []
+        resident = queue.resident
+        while queue.waiting and resident and self.can_grant(queue, queue.waiting[0]):
+            request = queue.waiting.popleft()
+            del self.waiting[request.id]
+            self.leases[request.id] = resident, now
+            resident.leases.add(request.id)
+            if request.keep_alive_s is not None:
+                resident.keep_alive_s = request.keep_alive_s
+            assert resident.ready_s is not None, "only a loaded model is granted"
+            load_s = max(0.0, resident.ready_s - request.arrived_s)
+            effects.append(Grant(request=request.id, worker=resident.worker, load_s=load_s))
+        if effects:
+            self.unblock(queue)
+        return effects
+
+    def reject_waiting(
+        self,
+        queue: ModelQueue,
+        make_error: Callable[[], ShimpyError],
+        *,
+        like: Request | None = None,
+    ) -> list[Effect]:
+        """Reject all that wait for a model, or those that want the same as `like`."""
+        rejected = [r for r in queue.waiting if like is None or _want_the_same(r, like)]
+        for request in rejected:
+            del self.waiting[request.id]
+        queue.waiting = deque(r for r in queue.waiting if r.id in self.waiting)
+        self._forget_wishes(queue)
+        return [Reject(request=request.id, error=make_error()) for request in rejected]
+
+    def release(self, request: RequestId, now: float) -> Resident | None:
+        """End a lease and return whose it was; None: it is gone already."""
+        resident, granted_s = self.leases.pop(request, (None, 0.0))
+        if resident is not None:
+            resident.leases.discard(request)
+            resident.idle_since_s = now
+            queue = self.queues[resident.key]
+            queue.mean_lease_s += _MEAN_WEIGHT * (now - granted_s - queue.mean_lease_s)
+        return resident
+
+    def unblock(self, queue: ModelQueue) -> None:
+        """Begin a new count of the queue's patience."""
+        queue.blocked_since_s = None
+        queue.is_impatient = False
+
+    def _forget_wishes(self, queue: ModelQueue) -> None:
+        """With nobody left who waits, nothing is waited for."""
+        if not queue.waiting:
+            self.unblock(queue)
+            queue.retry = None
+
+    # --- residents ------------------------------------------------------------------------
+
+    def needs_placing(self, queue: ModelQueue) -> bool:
+        """Whether requests wait that no worker, present or stopping, is going to serve."""
+        if not queue.waiting:
+            return False
+        resident = queue.resident
+        if resident is None:
+            return True
+        return resident.is_idle and not policy.serves(resident, queue.waiting[0])
+
+    def has_waiting(self, resident: Resident) -> bool:
+        """Whether requests wait for a resident's model."""
+        return bool(self.queues[resident.key].waiting)
+
+    def start(
+        self,
+        queue: ModelQueue,
+        rung: Rung,
+        purpose: Purpose,
+        lower_rungs: tuple[Rung, ...],
+        *,
+        now: float,
+    ) -> StartWorker:
+        """Give a queue a resident that loads what its first request wants."""
+        self._last_worker += 1
+        resident = Resident(
+            worker=WorkerId(self._last_worker),
+            model=queue.waiting[0].model,
+            purpose=purpose,
+            rung=rung,
+            lower_rungs=lower_rungs,
+            keep_alive_s=self.limits.keep_alive_s,
+            n_threads=self.limits.n_threads or self.n_cores,
+            started_s=now,
+        )
+        queue.resident = self.residents[resident.worker] = resident
+        queue.retry = None
+        self.unblock(queue)
+        return StartWorker(
+            worker=resident.worker, model=resident.model, rung=rung, n_threads=resident.n_threads
+        )
+
+    def stop(
+        self, resident: Resident, reason: str, now: float, *, kind: EventKind = "unload"
+    ) -> list[Effect]:
+        """Stop a worker; nothing if it is being stopped already."""
+        if resident.phase is Phase.STOPPING:
+            return []
+        resident.phase = Phase.STOPPING
+        stop = StopWorker(worker=resident.worker, reason=reason)
+        return [stop, note(kind, resident.key, reason, now)]
+
+    def remove(self, worker: WorkerId) -> Resident | None:
+        """Forget a worker that has ended, and the leases on it."""
+        resident = self.residents.pop(worker, None)
+        if resident is not None:
+            self.queues[resident.key].resident = None
+            for request in resident.leases:
+                del self.leases[request]
+        return resident
+
+    def tidy(self) -> None:
+        """Forget the queues that have nothing to remember."""
+        for key in [key for key, queue in self.queues.items() if queue.is_forgettable]:
+            del self.queues[key]
+
+
+def _want_the_same(one: Request, other: Request) -> bool:
+    return one.options == other.options and one.model.digest == other.model.digest

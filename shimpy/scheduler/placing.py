@@ -1,0 +1,172 @@
+"""How models that are waited for get their memory: one pass over one snapshot. Pure."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+from functools import partial
+from typing import assert_never
+
+from shimpy.errors import CapacityError, DoesNotFitError, LoadError, UserError
+from shimpy.placement.defaults import N_CTX_LEAST
+from shimpy.placement.placement import Rung
+from shimpy.scheduler import policy
+from shimpy.scheduler.books import Books
+from shimpy.scheduler.effects import Effect, note
+from shimpy.scheduler.ledger import Ledger, rung_fits
+from shimpy.scheduler.states import ModelQueue, Purpose, Request, Resident, Retry
+
+
+class Placing:
+    """One pass: the queues are placed one after the other, the longest waiting first.
+
+    What an earlier one has been promised is no longer there for a later one (Ledger.claim).
+    """
+
+    def __init__(self, books: Books, ledger: Ledger, planner: policy.Planner, now: float) -> None:
+        self._books = books
+        self._ledger = ledger
+        self._planner = planner
+        self._now = now
+
+    def place(self, queue: ModelQueue) -> list[Effect]:
+        """Find room for the model that a queue waits for.
+
+        The cases:
+
+        1. It ran out of memory before: start the first lower rung that fits, or reject.
+        2. It fits beside all others: start it, if need be once stopping workers have gone.
+        3. It fits when idle residents leave, its own outdated one among them: stop these.
+        4. It fits when busy ones leave: wait; after PATIENCE_S they take no newer requests.
+        5. It never fits, or an option is impossible: reject those who asked for the same.
+
+        Cases 2 to 5 are tried with the longest context that anyone in the queue asked for; when
+        that can't be had yet, with what the first one asked for.
+        """
+        if queue.retry is not None:
+            return self._place_retry(queue, queue.retry)
+        effects: list[Effect] = []
+        while self._books.needs_placing(queue):
+            try:
+                wish, room = self._find_room(queue)
+            except UserError as error:
+                effects += self._reject_first(queue, error)
+                continue
+            match room:
+                case policy.Start(must_wait=True):
+                    self._ledger.claim(room.rung)
+                    return effects
+                case policy.Start():
+                    return effects + self._start(queue, room, wish)
+                case policy.Evict():
+                    return effects + self._evict(queue, room)
+                case policy.Wait():
+                    return effects + self._wait(queue, room)
+                case policy.Refuse():
+                    message = f"{queue.key} does not fit on this machine: {room.reason}"
+                    effects.append(note("refused", queue.key, message, self._now))
+                    effects += self._reject_first(queue, DoesNotFitError(message))
+                case _:
+                    assert_never(room)
+        return effects
+
+    def _find_room(self, queue: ModelQueue) -> tuple[policy.Wish, policy.Room]:
+        wish = policy.load_wish(queue.waiting)
+        modest = policy.Wish(options=queue.waiting[0].options)
+        if wish == modest:
+            return modest, self._room_for(queue, modest)
+        try:
+            room = self._room_for(queue, wish)
+        except UserError:
+            room = policy.Refuse(reason="someone further back asked for what can't be")
+        if isinstance(room, policy.Wait | policy.Refuse):
+            return modest, self._room_for(queue, modest)
+        return wish, room
+
+    def _room_for(self, queue: ModelQueue, wish: policy.Wish) -> policy.Room:
+        plan = partial(wish.plan, self._planner, queue.waiting[0].model)
+        return policy.find_room(plan, self._ledger, queue.resident)
+
+    def _reject_first(self, queue: ModelQueue, error: CapacityError | UserError) -> list[Effect]:
+        """Reject the first in a queue, and those behind it that would be told the same."""
+        # A copy for each: every client's task adds its own traceback.
+        effects = self._books.reject_waiting(queue, partial(copy, error), like=queue.waiting[0])
+        return effects + self._books.grant_waiting(queue, self._now)
+
+    # --- the cases ------------------------------------------------------------------------
+
+    def _place_retry(self, queue: ModelQueue, retry: Retry) -> list[Effect]:
+        for rung in retry.rungs:
+            if not rung_fits(rung, self._ledger.remaining()):
+                continue
+            if not rung_fits(rung, self._ledger.present()):
+                self._ledger.claim(rung)
+                return []
+            return self._begin(queue, rung, retry.purpose)
+        message = (
+            f"{queue.key} could not be loaded: {retry.reason}; no placement that needs less "
+            "memory fits now"
+        )
+        error = partial(LoadError, message, out_of_memory=True)
+        return [
+            note("load_failed", queue.key, message, self._now),
+            *self._books.reject_waiting(queue, error),
+        ]
+
+    def _start(self, queue: ModelQueue, room: policy.Start, wish: policy.Wish) -> list[Effect]:
+        first = queue.waiting[0]
+        default_n_ctx = 0
+        if wish.options.n_ctx is not None:
+            by_default = policy.Wish(options=replace(wish.options, n_ctx=None))
+            remaining = self._ledger.remaining()
+            chosen = by_default.plan(self._planner, first.model, remaining).chosen
+            if chosen is not None:
+                default_n_ctx = min(N_CTX_LEAST, chosen.placement.n_ctx)
+        purpose = Purpose(loaded_for=first.options, asked=wish.options, default_n_ctx=default_n_ctx)
+        return self._begin(queue, room.rung, purpose, policy.lower_rungs(room.plan, room.rung))
+
+    def _begin(
+        self,
+        queue: ModelQueue,
+        rung: Rung,
+        purpose: Purpose,
+        lower_rungs: tuple[Rung, ...] = (),
+    ) -> list[Effect]:
+        start = self._books.start(queue, rung, purpose, lower_rungs, now=self._now)
+        return [start, note("load", queue.key, f"asked for; {policy.describe(rung)}", self._now)]
+
+    def _evict(self, queue: ModelQueue, room: policy.Evict) -> list[Effect]:
+        effects: list[Effect] = []
+        for victim in room.victims:
+            if victim is queue.resident:
+                reason = _reload_reason(victim, queue.waiting[0])
+                effects += self._books.stop(victim, reason, self._now, kind="reload")
+            else:
+                reason = f"its memory was needed for {queue.key}"
+                effects += self._books.stop(victim, reason, self._now, kind="evict")
+        self._ledger.claim(room.rung)
+        return effects
+
+    def _wait(self, queue: ModelQueue, room: policy.Wait) -> list[Effect]:
+        effects: list[Effect] = []
+        if queue.blocked_since_s is None:
+            queue.blocked_since_s = self._now
+            holders = ", ".join(sorted(holder.key for holder in room.holders))
+            reason = f"its memory is held by {holders}; a busy model is not evicted"
+            effects.append(note("wait", queue.key, reason, self._now))
+        if queue.is_impatient:
+            self._ledger.claim(room.rung, after=room.holders)
+            first = queue.waiting[0].id
+            for holder in room.holders:
+                if holder.yields_to is None or first < holder.yields_to:
+                    holder.yields_to = first
+        return effects
+
+
+def _reload_reason(resident: Resident, request: Request) -> str:
+    if resident.model.digest != request.model.digest:
+        return "its file has changed"
+    wanted = request.options.n_ctx or resident.purpose.default_n_ctx
+    if wanted > resident.rung.placement.n_ctx:
+        return f"a context of {wanted} was asked for, {resident.rung.placement.n_ctx} is loaded"
+    return "other load options were asked for"
