@@ -16,6 +16,7 @@ from shimpy.server.cards import ModelCards
 from shimpy.server.freshness import FreshRegistry
 from shimpy.server.guard import Guard
 from shimpy.server.machine import Machine
+from shimpy.server.openai.responses.store import ResponseStore
 
 
 @dataclass(slots=True)
@@ -69,6 +70,7 @@ class Services:
     machine: Machine
     guard: Guard
     lifecycle: Lifecycle
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
 
 SERVICES = web.AppKey("services", Services)

@@ -26,6 +26,7 @@ from shimpy.server.openai.requests import (
     parse_completion,
     parse_embedding,
 )
+from shimpy.server.openai.responses import routes as responses
 from shimpy.server.openai.wire import ChatBody, CompletionBody, EmbeddingBody
 from shimpy.server.record import record_of
 from shimpy.server.requests import GenerationRequest, PlainPrompt, TokenPrompt
@@ -107,6 +108,7 @@ ROUTES = [
     web.post("/v1/embeddings", embeddings),
     web.get("/v1/models", models),
     web.get("/v1/models/{model:.+}", model),
+    *responses.ROUTES,
 ]
 
 

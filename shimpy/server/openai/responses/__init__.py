@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: conversations as items, and answers as typed events."""
