@@ -81,6 +81,12 @@ class Ledger:
         gone |= {r.worker for r in self.residents if r.phase is Phase.STOPPING}
         return self._hardware_with(gone=frozenset(gone), claimed=self._claimed)
 
+    def at_most(self) -> Hardware:
+        """Return what there is when every resident has gone, whoever may have claimed it."""
+        return self._hardware_with(
+            gone=frozenset(r.worker for r in self.residents), claimed=Counter()
+        )
+
     def claim(self, rung: Rung, *, after: Iterable[Resident] = ()) -> None:
         """Keep a rung's memory from later requests, but for what leaves with `after`."""
         need = Counter({device.name: device.total_bytes for device in rung.devices})

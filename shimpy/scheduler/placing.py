@@ -152,7 +152,7 @@ class Placing:
         if queue.blocked_since_s is None:
             queue.blocked_since_s = self._now
             holders = ", ".join(sorted(holder.key for holder in room.holders))
-            reason = f"its memory is held by {holders}; a busy model is not evicted"
+            reason = f"its memory is held by {holders}" if holders else "others came first"
             effects.append(note("wait", queue.key, reason, self._now))
         if queue.is_impatient:
             self._ledger.claim(room.rung, after=room.holders)

@@ -144,7 +144,7 @@ def find_room(plan: Callable[[Hardware], Plan], ledger: Ledger, own: Resident | 
     beside = plan(ledger.remaining(without=mine))
     if beside.chosen is not None and _is_fast(beside.chosen.placement):
         return _start(beside, beside.chosen, ledger, own)
-    best = plan(ledger.remaining(without=ledger.residents))
+    best = plan(ledger.at_most())
     if best.chosen is None:
         return Refuse(reason=best.reason)
     if beside.chosen is not None and _is_as_good(beside.chosen, best.chosen):
@@ -205,7 +205,7 @@ def _wait(
         found = plan(ledger.remaining(without=(*mine, *holders))).chosen
         if found is not None:
             return Wait(rung=found, holders=(*mine, *holders))
-    # What earlier claims in this pass have taken is missing: wait for everyone.
+    # Those who came first have claimed the rest: wait for everyone.
     return Wait(rung=best, holders=(*mine, *holders))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from shimpy.errors import ShimpyError
+from shimpy.errors import DoesNotFitError, ShimpyError
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import PlanOptions, Rung
 from shimpy.protocol.messages import Ready
@@ -197,7 +197,7 @@ class Simulation:
             case fx.Grant():
                 self._grant(effect)
             case fx.Reject():
-                assert effect.error.message
+                self._check_rejection(effect.request, effect.error)
                 self.waiting.remove(effect.request)
                 self.errors[effect.request] = effect.error
             case fx.SetThreads():
@@ -237,6 +237,13 @@ class Simulation:
             lines.append(f"{queue.key} waiting {waiting} blocked since {queue.blocked_since_s}")
         lines += [f"{event.kind} {event.model}: {event.reason}" for event in self.events[-12:]]
         return "\n".join(lines)
+
+    def _check_rejection(self, request_id: RequestId, error: ShimpyError) -> None:
+        assert error.message
+        request = self.requests[request_id]
+        if isinstance(error, DoesNotFitError) and request.model.shape is not None:
+            alone = self.planner(request.model.shape, self.hardware, request.options)
+            assert alone.chosen is None, "refused what would fit"
 
     # --- the machine ------------------------------------------------------------------------
 

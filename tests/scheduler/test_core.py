@@ -217,21 +217,33 @@ def test_what_comes_back_from_a_stopping_worker_is_waited_for() -> None:
     assert sim.processes[sim.of_phase(Phase.READY)[0]].rung.placement.mode == "gpu"
 
 
+LARGE = make_model("large", make_shape(dense_mib=650))
+
+
 def test_memory_that_is_coming_back_is_promised_once() -> None:
-    """`b` has evicted `a`; `c` fits in what is free now only as long as `b` does not come."""
+    """`c` would fit in what is free now, but then `large` would not when `a` has gone."""
     sim = Simulation(make_hardware(ram_mib=900, others_mib=5000))
     worker = sim.load(A)
-    first = sim.request(B)
+    first, second = sim.request(LARGE), sim.request(C)
     sim.probed()
-    assert sim.of_phase(Phase.STOPPING) == [worker]
-    sim.request(make_model("c", make_shape(dense_mib=301)))
-    sim.probed()
-    assert list(sim.processes) == [worker]
+    assert sim.of_phase(Phase.STOPPING) == list(sim.processes) == [worker]
     sim.exits(worker)
-    sim.probed()
-    assert [str(p.model.name) for p in sim.processes.values()] == ["b:latest"]
     sim.settle()
-    assert first in sim.granted
+    assert list(sim.granted) == [first]
+    sim.release(first)
+    sim.settle()
+    assert list(sim.granted) == [second]
+
+
+def test_memory_that_is_coming_back_stays_promised() -> None:
+    """Also in the pass after the one that stopped `a`."""
+    sim = Simulation(make_hardware(ram_mib=900, others_mib=5000))
+    worker = sim.load(A)
+    sim.request(LARGE)
+    sim.probed()
+    sim.request(C)
+    sim.probed()
+    assert sim.of_phase(Phase.STOPPING) == list(sim.processes) == [worker]
 
 
 def test_what_never_fits_is_rejected_though_others_are_resident() -> None:
@@ -411,6 +423,32 @@ def test_a_reload_that_cannot_be_had_leaves_the_model_alone() -> None:
     sim.settle()
     assert isinstance(sim.errors[request], DoesNotFitError)
     assert list(sim.processes) == [worker]
+
+
+def test_a_refusal_lets_those_behind_through() -> None:
+    sim = Simulation(make_hardware(ram_mib=1000))
+    model = make_model("a", make_shape(dense_mib=100, kv_bytes=100_000))
+    sim.load(model, options(2048))
+    busy = sim.request(model, options(2048))
+    greedy = sim.request(model, options(1_000_000))
+    modest = sim.request(model, options(2048))
+    sim.release(busy)
+    sim.probed()
+    assert isinstance(sim.errors[greedy], DoesNotFitError)
+    assert modest in sim.granted
+
+
+def test_an_impossible_wish_is_refused_to_who_has_it() -> None:
+    def picky(shape: ModelShape, hardware: Hardware, wanted: PlanOptions) -> Plan:
+        if wanted.n_ctx == 999:
+            raise InvalidOptionError("n_ctx is 999", option="n_ctx")
+        return plan(shape, hardware, wanted)
+
+    sim = Simulation(make_hardware(), planner=picky)
+    served, refused = sim.request(A), sim.request(A, options(999))
+    sim.settle()
+    assert served in sim.granted
+    assert refused in sim.granted, "what is loaded is long enough"
 
 
 def test_the_first_is_not_refused_for_the_wish_of_another() -> None:
