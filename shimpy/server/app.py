@@ -16,11 +16,13 @@ from aiohttp import hdrs, web
 import shimpy
 from shimpy.errors import ShimpyError, StoppingError
 from shimpy.logs import get_logger
+from shimpy.server.anthropic import routes as anthropic
 from shimpy.server.errors import (
     InternalError,
     error_body,
     headers_of,
-    status_of,
+    is_anthropic,
+    status_at,
 )
 from shimpy.server.guard import cors_headers
 from shimpy.server.native import routes as native
@@ -56,6 +58,7 @@ def all_routes() -> list[web.RouteDef]:
         *ollama.ROUTES,
         *library.ROUTES,
         *openai.ROUTES,
+        *anthropic.ROUTES,
         *native.ROUTES,
         *store.ROUTES,
     ]
@@ -122,7 +125,7 @@ async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
 def _error_response(request: web.Request, record: Record, error: ShimpyError) -> web.Response:
     record.outcome, record.error = error.code, error.message
     headers = {hdrs.CONTENT_TYPE: JSON, **headers_of(error)}
-    status = status_of(error)
+    status = status_at(request.path, error)
     response = web.Response(body=error_body(request.path, error), status=status, headers=headers)
     if not request.body_exists or request.content.at_eof():
         return response
@@ -136,7 +139,11 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     origin = request.headers.get(hdrs.ORIGIN)
     if origin is not None and services.guard.allows_origin(origin):
         response.headers.update(cors_headers(origin, None))
-    response.headers[REQUEST_ID_HEADER] = record_of(request).request_id
+    request_id = record_of(request).request_id
+    response.headers[REQUEST_ID_HEADER] = request_id
+    if is_anthropic(request.path):
+        # Where Anthropic's SDKs look for it.
+        response.headers["request-id"] = request_id
     response.headers[hdrs.SERVER] = f"shimpy/{shimpy.__version__}"
 
 

@@ -11,8 +11,8 @@
     anything else: a bug, logged with its traceback under the request's id       500
 
 507 (insufficient storage) sets a model that this machine cannot hold apart from a failure, and
-422 one whose file cannot be used: trying again does not help. An unknown path is a text 404
-and a wrong method a text 405, as Ollama's clients know them.
+422 one whose file cannot be used: trying again does not help. Anthropic's clients know 503 as
+529. An unknown path is a text 404 and a wrong method a text 405, as Ollama's clients know them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,39 @@ import msgspec
 from shimpy.errors import (
     CapacityError,
     ContextExceededError,
+    DoesNotFitError,
     HeldBackError,
+    LoadError,
     NotFoundError,
     QueueFullError,
     RegistryError,
     ShimpyError,
     StoppingError,
+    UnsupportedError,
     UserError,
+)
+
+_UNAVAILABLE = 503
+# Not in HTTP: Anthropic's "overloaded".
+_OVERLOADED = 529
+# Those of llama.cpp's server whose names are no other dialect's.
+_LLAMACPP_PATHS = frozenset(
+    {
+        "/completion",
+        "/completions",
+        "/infill",
+        "/embedding",
+        "/embeddings",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+        "/props",
+        "/slots",
+        "/rerank",
+        "/reranking",
+        "/v1/rerank",
+        "/v1/reranking",
+    }
 )
 
 
@@ -75,10 +101,19 @@ def status_of(error: ShimpyError) -> int:
     return next(_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS)
 
 
+def status_at(path: str, error: ShimpyError) -> int:
+    """Return the HTTP status of an error in the dialect that the request's path belongs to."""
+    status = status_of(error)
+    return _OVERLOADED if status == _UNAVAILABLE and is_anthropic(path) else status
+
+
 def headers_of(error: ShimpyError) -> dict[str, str]:
     """Return the headers that an error's answer carries."""
     if isinstance(error, QueueFullError | HeldBackError | StoppingError):
         return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    if isinstance(error, DoesNotFitError | LoadError):
+        # OpenAI's and Anthropic's SDKs would ask again at any 5xx, and load again.
+        return {"X-Should-Retry": "false"}
     return {}
 
 
@@ -87,9 +122,16 @@ def error_body(path: str, error: ShimpyError) -> bytes:
     return msgspec.json.encode(_dialect(path)(error))
 
 
+def is_anthropic(path: str) -> bool:
+    """Whether a path is one of Anthropic's dialect."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
 def _dialect(path: str) -> Any:
-    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+    if is_anthropic(path):
         return anthropic_error
+    if path in _LLAMACPP_PATHS:
+        return llamacpp_error
     if path.startswith("/v1/"):
         return openai_error
     return ollama_error
@@ -112,6 +154,30 @@ def openai_error(error: ShimpyError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
 
 
+def llamacpp_error(error: ShimpyError) -> dict[str, Any]:
+    """Return the error object of llama.cpp's server."""
+    status = status_of(error)
+    kinds = {
+        400: "invalid_request_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "invalid_request_error",
+        422: "invalid_request_error",
+        503: "unavailable_error",
+    }
+    shown: dict[str, Any] = {
+        "code": status,
+        "message": error.message,
+        "type": kinds.get(status, "server_error"),
+    }
+    if isinstance(error, ContextExceededError):
+        shown["type"] = "exceed_context_size_error"
+        shown |= {"n_prompt_tokens": error.n_prompt, "n_ctx": error.n_ctx}
+    elif isinstance(error, UnsupportedError):
+        shown["type"] = "not_supported_error"
+    return {"error": shown}
+
+
 def anthropic_error(error: ShimpyError) -> dict[str, Any]:
     """Return Anthropic's error object."""
     kinds = {
@@ -119,6 +185,7 @@ def anthropic_error(error: ShimpyError) -> dict[str, Any]:
         403: "permission_error",
         404: "not_found_error",
         413: "request_too_large",
+        422: "invalid_request_error",
         503: "overloaded_error",
     }
     kind = kinds.get(status_of(error), "api_error")
