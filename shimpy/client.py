@@ -10,7 +10,7 @@ The wire is Ollama's: dictionaries as docs/api.md describes them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -86,6 +86,54 @@ class Client:
         """Unload a model once its last request ends."""
         self._call("POST", "/api/generate", {"model": model, "keep_alive": 0})
 
+    def delete(self, model: str) -> None:
+        """Remove a model of the store."""
+        self._call("DELETE", "/api/delete", {"model": model})
+
+    def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name."""
+        self._call("POST", "/api/copy", {"source": source, "destination": destination})
+
+    def change_settings(
+        self, model: str, values: Mapping[str, Any], unset: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Set and unset what lasts about a model; return all that is set."""
+        return self._call(
+            "POST", "/api/settings", {"model": model, "set": values, "unset": list(unset)}
+        )
+
+    def create(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the statuses of /api/create as they come."""
+        return self._stream("/api/create", request)
+
+    def has_blob(self, digest: str) -> bool:
+        """Return whether a file was uploaded already."""
+        try:
+            return self._http.head(f"/api/blobs/{digest}").is_success
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def upload_blob(self, digest: str, chunks: Iterable[bytes], n_bytes: int) -> None:
+        """Upload a file, for a create to name."""
+        try:
+            response = self._http.post(
+                f"/api/blobs/{digest}",
+                content=chunks,
+                headers={"Content-Length": str(n_bytes)},
+            )
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.status_code >= _HTTP_ERROR:
+            raise _error_of(response.status_code, response.content)
+
+    def collect_garbage(self, *, everything: bool = False) -> dict[str, Any]:
+        """Remove what no model needs; what is young only if `everything`."""
+        return self._call("POST", "/api/gc", {"all": everything})
+
+    def verify(self, models: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield progress and findings of /api/verify as they come."""
+        return self._stream("/api/verify", {"models": list(models)})
+
     def _call(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -95,7 +143,7 @@ class Client:
             raise self._unreachable(error) from error
         if response.status_code >= _HTTP_ERROR:
             raise _error_of(response.status_code, response.content)
-        answer: dict[str, Any] = response.json()
+        answer: dict[str, Any] = response.json() if response.content else {}
         return answer
 
     def _stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

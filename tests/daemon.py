@@ -8,7 +8,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,18 +41,24 @@ class Daemon:
 
 @contextlib.contextmanager
 def running_daemon(
-    home: Path, models: Path, *flags: str, threads: int | None = 1
+    home: Path,
+    models: Path,
+    *flags: str,
+    threads: int | None = 1,
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[Daemon]:
     """Start `shimpy serve` and wait for its READY; end it by SIGTERM.
 
     Workers use one thread: two would spin against each other on a busy machine. None leaves
-    the number to the daemon.
+    the number to the daemon. Other tools' stores on this machine are left out; `environ` is
+    more for the daemon's environment, and its clients'.
     """
     home.mkdir(parents=True, exist_ok=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith("SHIMPY_")}
-    env["SHIMPY_HOME"] = str(home)
+    env |= {"SHIMPY_HOME": str(home), "SHIMPY_STORES": "none"}
     if threads is not None:
         env["SHIMPY_N_THREADS"] = str(threads)
+    env |= environ or {}
     log = home / "serve.log"
     bind = ["--bind", "127.0.0.1:0"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("wb") as output:

@@ -80,6 +80,8 @@ def _default_of(name: str, default: object) -> str:
         return "the platform's"
     if name == "model_dirs":
         return "`models` in data_dir, `~/models`"
+    if name == "stores":
+        return "`all`"
     if default is None:
         return "-"
     from shimpy.units import format_bytes, format_duration

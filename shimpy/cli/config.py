@@ -48,7 +48,7 @@ def _shown(value: Any, metavar: str) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return ", ".join(value)
+        return ", ".join(value) or "none"
     if metavar == "SIZE":
         return format_bytes(value)
     if metavar == "TIME":

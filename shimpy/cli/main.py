@@ -18,6 +18,12 @@ COMMANDS = {
     "ps": ("shimpy.cli.ps", "Show the loaded models and where they are placed."),
     "stop": ("shimpy.cli.stop", "Unload a model."),
     "plan": ("shimpy.cli.plan", "Explain where a model would be placed, and why."),
+    "create": ("shimpy.cli.create", "Make a model from a Modelfile."),
+    "set": ("shimpy.cli.set_settings", "Set what lasts about a model, wherever it lies."),
+    "cp": ("shimpy.cli.cp", "Give a model a second name."),
+    "rm": ("shimpy.cli.rm", "Remove models from the store."),
+    "gc": ("shimpy.cli.gc", "Remove files that no model needs."),
+    "verify": ("shimpy.cli.verify", "Read the store's files again and check their digests."),
     "config": ("shimpy.cli.config", "Show every setting and where its value comes from."),
 }
 ALIASES = {"ls": "list"}

@@ -1,0 +1,30 @@
+"""`shimpy gc`: remove files that no model needs."""
+
+from __future__ import annotations
+
+import click
+
+from shimpy.cli.options import json_option
+
+
+@click.command(name="gc")
+@click.option("--all", "everything", is_flag=True, help="Also what changed in the last hour.")
+@json_option
+def command(*, everything: bool, as_json: bool) -> None:
+    """Remove the store's files that no model needs: broken-off pulls, unused uploads."""
+    from shimpy.cli.autostart import connect
+    from shimpy.cli.output import hint, print_json
+    from shimpy.units import format_bytes
+
+    with connect() as client:
+        collected = client.collect_garbage(everything=everything)
+    if as_json:
+        print_json(collected)
+        return
+    freed = format_bytes(collected["freed_bytes"])
+    click.echo(f"removed {collected['n_files']} files, {freed}")
+    if collected["n_kept"]:
+        kept = format_bytes(collected["kept_bytes"])
+        hint(f"{collected['n_kept']} files ({kept}) changed in the last hour; --all removes them")
+    for problem in collected["problems"]:
+        hint(problem)

@@ -1,0 +1,61 @@
+"""Progress in bytes: a bar on a terminal, nothing where nobody watches."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class BytesProgress(Protocol):
+    """Shows how far things are."""
+
+    def show(self, what: str, completed: int, total: int) -> None:
+        """Show that of `what`, `completed` of `total` bytes are done."""
+
+
+class _Silent:
+    def show(self, what: str, completed: int, total: int) -> None:
+        """Show nothing."""
+
+
+@contextlib.contextmanager
+def bytes_progress() -> Iterator[BytesProgress]:
+    """Show progress on standard error as long as the block runs, one bar for each thing."""
+    if not sys.stderr.isatty():
+        yield _Silent()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    class Bars:
+        """A bar for each thing that was named."""
+
+        def __init__(self, progress: Progress) -> None:
+            self._progress = progress
+            self._tasks: dict[str, TaskID] = {}
+
+        def show(self, what: str, completed: int, total: int) -> None:
+            """Move its bar."""
+            if what not in self._tasks:
+                self._tasks[what] = self._progress.add_task(what, total=total)
+            self._progress.update(self._tasks[what], completed=completed, total=total)
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield Bars(progress)

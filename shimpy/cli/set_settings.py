@@ -1,0 +1,95 @@
+"""`shimpy set`: set what lasts about a model, wherever it lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from shimpy.cli.options import json_option
+
+
+@click.command(name="set")
+@click.argument("model")
+@click.argument("pairs", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--unset", multiple=True, metavar="KEY", help="Take a setting back.")
+@json_option
+def command(model: str, pairs: tuple[str, ...], unset: tuple[str, ...], *, as_json: bool) -> None:
+    """Set what lasts about MODEL; without KEY=VALUE show what is set.
+
+    Keys are Ollama's parameters (num_ctx, temperature, stop, ...), and cpu_moe (auto, on, off
+    or a number of layers), keep_alive, system, template, license, aliases (with commas
+    between) and notes. A value that begins with @ names a file to read it from.
+    """
+    from shimpy.cli.autostart import connect
+    from shimpy.cli.output import print_json
+
+    values = parse_pairs(pairs)
+    with connect() as client:
+        answer = client.change_settings(model, values, unset)
+    if as_json:
+        print_json(answer["settings"])
+        return
+    for key, value in _lines(answer["settings"]):
+        click.echo(f"{key:<20} {value}")
+
+
+def parse_pairs(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Return "key=value" pairs as JSON values; texts stay texts, `stop` may come often.
+
+    Raises:
+        InvalidOptionError: a pair has no '=', or its file can't be read.
+    """
+    import json
+
+    from shimpy.errors import InvalidOptionError
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise InvalidOptionError(f"{pair!r} is no setting; write it like num_ctx=8192")
+        if text.startswith("@"):
+            text = _read(text[1:])
+        if key == "stop":
+            values.setdefault("stop", []).extend([text] if text else [])
+            continue
+        try:
+            values[key] = text if key in _TEXTS else json.loads(text)
+        except ValueError:
+            values[key] = text
+    return values
+
+
+# Never taken for JSON, though they may look like it.
+_TEXTS = frozenset({"system", "template", "license", "notes", "aliases", "alias"})
+
+
+def _read(path: str) -> str:
+    from pathlib import Path
+
+    from shimpy.errors import InvalidOptionError
+
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidOptionError(f"can't read {path}: {error}") from error
+
+
+def _lines(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what is set as keys and values, as they would be typed."""
+    lines: list[tuple[str, str]] = []
+    for key, value in settings.pop("parameters", {}).items():
+        items = value if isinstance(value, list) else [value]
+        lines += [(key, _typed(item)) for item in items]
+    for key, value in settings.items():
+        name = {"keep_alive_s": "keep_alive"}.get(key, key)
+        shown = ",".join(value) if key == "aliases" else _typed(value)
+        lines.append((name, shown))
+    return lines
+
+
+def _typed(value: Any) -> str:
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

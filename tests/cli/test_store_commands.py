@@ -1,0 +1,161 @@
+"""create, set, cp, rm, gc and verify as a user types them, against a real daemon."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import Daemon, running_daemon
+from tests.synthetic import CHAIN_TEXT
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory, chain_model: Path) -> Iterator[Daemon]:
+    folder = tmp_path_factory.mktemp("store-cli")
+    models = folder / "models"
+    models.mkdir()
+    shutil.copy(chain_model, models / "chain.gguf")
+    with running_daemon(folder / "home", models) as running:
+        yield running
+
+
+@pytest.fixture
+def modelfile(tmp_path: Path, chain_model: Path) -> Path:
+    """Of a file that the daemon does not know."""
+    shutil.copy(chain_model, tmp_path / "chain-Q8_0.gguf")
+    path = tmp_path / "Modelfile"
+    path.write_text("FROM ./chain-Q8_0.gguf\nSYSTEM Be brief.\nPARAMETER num_predict 3\n")
+    return path
+
+
+def _blobs(daemon: Daemon) -> list[Path]:
+    return list((Path(daemon.env["SHIMPY_HOME"]) / "data" / "store" / "blobs").glob("*"))
+
+
+def test_a_model_is_created_run_verified_copied_and_removed(
+    daemon: Daemon, modelfile: Path
+) -> None:
+    created = daemon.shimpy("create", "mine:v1", "-f", str(modelfile))
+    assert (created.returncode, created.stdout) == (0, "")
+    assert created.stderr.splitlines()[-1] == "success"
+    shown = json.loads(daemon.shimpy("show", "mine:v1", "--json").stdout)
+    assert (shown["system"], shown["source"]) == ("Be brief.", "store")
+    assert "num_predict" in daemon.shimpy("show", "mine:v1", "--parameters").stdout
+    answer = daemon.shimpy("run", "mine:v1", "x").stdout.strip()
+    assert answer
+    assert answer != CHAIN_TEXT
+
+    assert daemon.shimpy("cp", "mine:v1", "other").returncode == 0
+    assert len(_blobs(daemon)) == 1
+    verified = daemon.shimpy("verify")
+    assert verified.returncode == 0
+    assert "mine:v1 chain-Q8_0.gguf: verified" in verified.stdout.splitlines()
+    assert "other:latest chain-Q8_0.gguf: verified" in verified.stdout.splitlines()
+
+    removed = daemon.shimpy("rm", "mine:v1", "nope", "chain", "other")
+    assert removed.returncode == 1
+    assert removed.stdout.splitlines() == ["deleted 'mine:v1'", "deleted 'other'"]
+    missing, foreign = removed.stderr.splitlines()
+    assert "'nope' not found" in missing
+    assert "chain.gguf" in foreign
+    assert _blobs(daemon) == []
+    names = [m["name"] for m in json.loads(daemon.shimpy("list", "--json").stdout)]
+    assert "mine:v1" not in names
+    assert "chain:latest" in names
+
+
+def test_a_file_that_the_daemon_knows_is_not_copied(daemon: Daemon, tmp_path: Path) -> None:
+    (model,) = json.loads(daemon.shimpy("list", "chain", "--json").stdout)
+    path = tmp_path / "Modelfile"
+    path.write_text(f"FROM {model['path']}\nSYSTEM x\n")
+    assert daemon.shimpy("create", "linked", "-f", str(path)).returncode == 0
+    assert _blobs(daemon) == []
+    assert daemon.shimpy("run", "linked", "x").stdout == f"{CHAIN_TEXT}\n"
+    assert daemon.shimpy("rm", "linked").returncode == 0
+    assert Path(model["path"]).exists()
+
+
+def test_a_damaged_file_fails_verify(daemon: Daemon, modelfile: Path) -> None:
+    assert daemon.shimpy("create", "hurt", "-f", str(modelfile)).returncode == 0
+    (blob,) = _blobs(daemon)
+    with blob.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    done = daemon.shimpy("verify", "hurt", "--json")
+    assert done.returncode == 1
+    (found,) = json.loads(done.stdout)
+    assert "damaged" in found["problem"]
+    assert daemon.shimpy("rm", "hurt").returncode == 0
+
+
+def test_settings_are_set_shown_and_taken_back(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("Be kind.\nBe brief.")
+    done = daemon.shimpy(
+        "set", "chain", "num_ctx=512", "cpu_moe=on", "stop=a", "stop=b", "keep_alive=10m",
+        f"system=@{tmp_path / 'system.txt'}", "temperature=0", "notes=12",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(daemon.shimpy("set", "chain", "--json").stdout)
+    assert settings == {
+        "parameters": {"num_ctx": 512, "stop": ["a", "b"], "temperature": 0},
+        "system": "Be kind.\nBe brief.",
+        "cpu_moe": "on",
+        "keep_alive_s": 600.0,
+        "notes": "12",
+    }
+    table = dict(line.split(None, 1) for line in done.stdout.splitlines() if " " in line)
+    assert (table["num_ctx"], table["cpu_moe"], table["keep_alive"]) == ("512", "on", "600.0")
+    undone = daemon.shimpy(
+        "set", "chain", "--unset", "n_ctx", "--unset", "stop", "--unset", "system",
+        "--unset", "cpu_moe", "--unset", "keep_alive", "--unset", "temperature", "--unset", "notes",
+    )  # fmt: skip
+    assert (undone.returncode, undone.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("pair", ["num_ctx", "=3", "nope=1", "top_p=7", "system=@/nowhere"])
+def test_a_setting_that_can_not_be_is_refused(daemon: Daemon, pair: str) -> None:
+    done = daemon.shimpy("set", "chain", pair)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith("Error: ")
+
+
+def test_gc_says_what_it_did(daemon: Daemon) -> None:
+    done = daemon.shimpy("gc", "--all")
+    assert (done.returncode, done.stdout) == (0, "removed 0 files, 0 B\n")
+    assert json.loads(daemon.shimpy("gc", "--json").stdout)["n_files"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("FROM ./nowhere.gguf", "nowhere.gguf"),
+        ("FROM nope", "nope"),
+        ("FROM a\nFROM b", "several"),
+        ("NONSENSE", "NONSENSE"),
+        ("FROM .", "no GGUF"),
+    ],
+)
+def test_a_modelfile_that_makes_no_model_is_refused(
+    daemon: Daemon, tmp_path: Path, text: str, word: str
+) -> None:
+    (tmp_path / "Modelfile").write_text(text)
+    done = daemon.shimpy("create", "x", "-f", str(tmp_path / "Modelfile"))
+    assert done.returncode == 1
+    assert word in done.stderr
+
+
+def test_a_second_daemon_names_the_first_and_leaves(daemon: Daemon) -> None:
+    """Two that write to one store would lose each other's models."""
+    done = subprocess.run(
+        [sys.executable, "-m", "shimpy", "serve", "--bind", "127.0.0.1:0"],
+        env=daemon.env, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert str(daemon.process.pid) in done.stderr
+    assert str(Path(daemon.env["SHIMPY_HOME"]) / "data" / "store") in done.stderr
