@@ -9,111 +9,32 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Literal, Protocol, Self, assert_never
-
-import structlog
+from typing import Self, assert_never
 
 from shimpy.config import Config
 from shimpy.errors import ShimpyError
+from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
-from shimpy.placement.placement import PlanOptions, Rung
+from shimpy.placement.placement import PlanOptions
 from shimpy.placement.planner import plan_model
-from shimpy.protocol.messages import Load, LoadFailed, Ready, SetThreads, Stats
+from shimpy.protocol.messages import LoadFailed, Ready, SetThreads
 from shimpy.registry.model import Model
 from shimpy.scheduler import effects as fx
 from shimpy.scheduler.books import Limits
+from shimpy.scheduler.clock import Clock, LoopClock, TimerHandle
 from shimpy.scheduler.core import SchedulerCore
 from shimpy.scheduler.exits import ExitKind, WorkerExit
 from shimpy.scheduler.lease import Lease
+from shimpy.scheduler.loads import load_message, with_defaults
 from shimpy.scheduler.policy import Planner
-from shimpy.scheduler.states import Event, EventKind, Phase, Request, RequestId, Resident, WorkerId
+from shimpy.scheduler.reports import HistoryEvent, Journal, ResidentInfo, WaitingInfo
+from shimpy.scheduler.states import Event, Phase, Request, RequestId, Resident, WorkerId
 from shimpy.scheduler.worker import ENGINE_ARGV, Deadlines, Worker
 
-# llama.cpp's own default: tokens of one decode call, in micro-batches of n_ubatch.
-N_BATCH = 2048
-
-MAX_HISTORY = 256
-MAX_UNREAD_EVENTS = 256
-
-_log = structlog.get_logger("shimpy.scheduler")
-
-
-class TimerHandle(Protocol):
-    """Something that was arranged for later."""
-
-    def cancel(self) -> None:
-        """Arrange that it does not happen."""
-
-
-class Clock(Protocol):
-    """The time that keep_alive and patience are measured by."""
-
-    def now(self) -> float:
-        """Return seconds that never go back."""
-
-    def call_at(self, when_s: float, callback: Callable[[], None]) -> TimerHandle:
-        """Arrange a call at a time of this clock."""
-
-
-class LoopClock:
-    """The running event loop's clock."""
-
-    def now(self) -> float:
-        """Return the loop's time."""
-        return asyncio.get_running_loop().time()
-
-    def call_at(self, when_s: float, callback: Callable[[], None]) -> TimerHandle:
-        """Arrange a call on the loop."""
-        return asyncio.get_running_loop().call_at(when_s, callback)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidentInfo:
-    """A resident as `ps` shows it; times are seconds since the epoch."""
-
-    model: Model
-    state: Literal["loading", "ready", "stopping"]
-    pid: int | None
-    # The placement with the bytes that were predicted.
-    rung: Rung
-    # With the bytes that were really taken; None while it loads.
-    ready: Ready | None
-    # How much of the weights is in place, 0 to 1.
-    load_fraction: float
-    n_leases: int
-    n_waiting: int
-    # When it is unloaded if nothing more is asked of it; inf: never.
-    expires_at_s: float
-    loaded_at_s: float | None
-    n_threads: int
-    stats: Stats | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WaitingInfo:
-    """A model that is not resident: requests wait for it, or it is held back after deaths."""
-
-    name: str
-    n_waiting: int
-    n_deaths: int
-    last_death: str
-    # Seconds since the epoch; None: not held back.
-    held_until_s: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HistoryEvent:
-    """A load, unload, eviction or failure, and why; `at_s` in seconds since the epoch."""
-
-    kind: EventKind
-    model: str
-    reason: str
-    at_s: float
+_log = get_logger("scheduler")
 
 
 class Scheduler:
@@ -146,8 +67,7 @@ class Scheduler:
         self._grants: dict[RequestId, asyncio.Future[Lease | ShimpyError]] = {}
         self._last_request = 0
         self._timer: TimerHandle | None = None
-        self._history: deque[HistoryEvent] = deque(maxlen=MAX_HISTORY)
-        self._subscribers: set[asyncio.Queue[HistoryEvent]] = set()
+        self._journal = Journal()
         self._all_stopped = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -232,18 +152,12 @@ class Scheduler:
         )
 
     def history(self) -> tuple[HistoryEvent, ...]:
-        """Return the last MAX_HISTORY loads, unloads, evictions and failures, oldest first."""
-        return tuple(self._history)
+        """Return the last loads, unloads, evictions and failures, oldest first; bounded."""
+        return self._journal.past()
 
-    async def events(self) -> AsyncGenerator[HistoryEvent, None]:
+    def events(self) -> AsyncGenerator[HistoryEvent, None]:
         """Yield what happens from now on; a reader that falls behind loses the oldest."""
-        queue: asyncio.Queue[HistoryEvent] = asyncio.Queue(MAX_UNREAD_EVENTS)
-        self._subscribers.add(queue)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self._subscribers.discard(queue)
+        return self._journal.follow()
 
     # --- requests -------------------------------------------------------------------------
 
@@ -337,11 +251,7 @@ class Scheduler:
         shown = HistoryEvent(
             kind=event.kind, model=event.model, reason=event.reason, at_s=self._epoch(event.at_s)
         )
-        self._history.append(shown)
-        for queue in self._subscribers:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(shown)
+        self._journal.add(shown)
         _log.info(f"model_{event.kind}", model=event.model, reason=event.reason)
 
     def _arm_timer(self) -> None:
@@ -420,44 +330,6 @@ class Scheduler:
 
     def _epoch(self, at_s: float) -> float:
         return time.time() + at_s - self._clock.now()
-
-
-def with_defaults(options: PlanOptions, config: Config) -> PlanOptions:
-    """Return the options with the config's values where nothing was asked for."""
-    cpu_moe = options.cpu_moe
-    if cpu_moe == "auto":
-        cpu_moe = config.cpu_moe if config.n_cpu_moe is None else config.n_cpu_moe
-    return replace(
-        options,
-        n_ctx=options.n_ctx or config.n_ctx,
-        n_slots=options.n_slots or config.n_slots,
-        kv_type=options.kv_type or config.kv_type,
-        cpu_moe=cpu_moe,
-    )
-
-
-def load_message(model: Model, rung: Rung, n_threads: int) -> Load:
-    """Return the message that loads a model as a rung places it."""
-    placement = rung.placement
-    shape = model.shape
-    embeds = shape is not None and (shape.is_embedding or shape.is_reranker)
-    return Load(
-        path=str(model.path),
-        shards=[str(path) for path in model.files] if len(model.files) > 1 else [],
-        n_ctx=placement.n_ctx,
-        n_slots=placement.n_slots,
-        # An embedding model computes a text whole: its batch is its micro-batch.
-        n_batch=placement.n_ubatch if embeds else max(N_BATCH, placement.n_ubatch),
-        n_ubatch=placement.n_ubatch,
-        n_gpu_layers=placement.n_gpu_layers,
-        n_cpu_moe=placement.n_cpu_moe,
-        load_mode=placement.load_mode,
-        kv_type=placement.kv_type,
-        n_threads=n_threads,
-        devices=list(placement.devices),
-        tensor_split=list(placement.tensor_split),
-        embedding=embeds,
-    )
 
 
 def _keep_alive(seconds: float) -> float:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from shimpy.errors import CapacityError, ProtocolError, WorkerDiedError
+from shimpy.logs import get_logger
 from shimpy.protocol.codec import daemon_decoder, encode_frame
 from shimpy.protocol.messages import (
     PROTOCOL_VERSION,
@@ -51,7 +50,7 @@ MAX_LINES = 64
 MAX_LINE_CHARS = 500
 _READ_BYTES = 64 * 1024
 
-_log = structlog.get_logger("shimpy.scheduler.worker")
+_log = get_logger("worker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from shimpy.placement.explain import plan_report, plan_to_json
 from shimpy.placement.hardware import suppose
 from shimpy.placement.placement import PlanOptions
 from shimpy.registry.model import Model
-from shimpy.scheduler.scheduler import with_defaults
+from shimpy.scheduler.loads import with_defaults
 from shimpy.server.services import Services
 from shimpy.server.settings import plan_options
 

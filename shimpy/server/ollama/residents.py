@@ -11,7 +11,7 @@ import msgspec
 
 from shimpy.placement.placement import DeviceUse, HostUse, Rung
 from shimpy.protocol.messages import BufferUse
-from shimpy.scheduler.scheduler import ResidentInfo
+from shimpy.scheduler.reports import ResidentInfo
 from shimpy.server.ollama.listing import details
 from shimpy.server.ollama.wire import FOREVER_S, format_local_time
 

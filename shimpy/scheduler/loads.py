@@ -1,0 +1,51 @@
+"""From what was asked for to the message that loads it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shimpy.config import Config
+from shimpy.placement.placement import PlanOptions, Rung
+from shimpy.protocol.messages import Load
+from shimpy.registry.model import Model
+
+# llama.cpp's own default: tokens of one decode call, in micro-batches of n_ubatch.
+N_BATCH = 2048
+
+
+def with_defaults(options: PlanOptions, config: Config) -> PlanOptions:
+    """Return the options with the config's values where nothing was asked for."""
+    cpu_moe = options.cpu_moe
+    if cpu_moe == "auto":
+        cpu_moe = config.cpu_moe if config.n_cpu_moe is None else config.n_cpu_moe
+    return replace(
+        options,
+        n_ctx=options.n_ctx or config.n_ctx,
+        n_slots=options.n_slots or config.n_slots,
+        kv_type=options.kv_type or config.kv_type,
+        cpu_moe=cpu_moe,
+    )
+
+
+def load_message(model: Model, rung: Rung, n_threads: int) -> Load:
+    """Return the message that loads a model as a rung places it."""
+    placement = rung.placement
+    shape = model.shape
+    embeds = shape is not None and (shape.is_embedding or shape.is_reranker)
+    return Load(
+        path=str(model.path),
+        shards=[str(path) for path in model.files] if len(model.files) > 1 else [],
+        n_ctx=placement.n_ctx,
+        n_slots=placement.n_slots,
+        # An embedding model computes a text whole: its batch is its micro-batch.
+        n_batch=placement.n_ubatch if embeds else max(N_BATCH, placement.n_ubatch),
+        n_ubatch=placement.n_ubatch,
+        n_gpu_layers=placement.n_gpu_layers,
+        n_cpu_moe=placement.n_cpu_moe,
+        load_mode=placement.load_mode,
+        kv_type=placement.kv_type,
+        n_threads=n_threads,
+        devices=list(placement.devices),
+        tensor_split=list(placement.tensor_split),
+        embedding=embeds,
+    )
