@@ -284,6 +284,14 @@ class BlobWriter:
         self._hash = hashlib.sha256()
         self.n_bytes = 0
 
+    def git_oid(self) -> str:
+        """Return the name that git would have for what was written; reads it once more."""
+        with disk.explained(self._path):
+            digest = hashlib.sha1(f"blob {self.n_bytes}\0".encode(), usedforsecurity=False)
+            for chunk in _chunks(self._path):
+                digest.update(chunk)
+        return digest.hexdigest()
+
     def commit(self) -> Path:
         """Make what was written the blob, and return its path.
 
