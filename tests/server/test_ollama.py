@@ -435,7 +435,7 @@ async def test_copilot_sees_the_name_that_it_asked_for(app: Running) -> None:
         ({"model": "chain", "raw": True, "system": "x"}, 400, "raw mode does not support"),
         ({"model": "chain", "prompt": "x", "context": [-1]}, 400, '"context[0]"'),
         ({"model": "chain", "prompt": "x", "options": {"num_ctx": "1"}}, 400, '"num_ctx" must'),
-        ({"model": "chain", "prompt": "x", "template": "{{ .Nope }}"}, 400, ".Nope"),
+        ({"model": "chain", "prompt": "x", "template": "{{ .Nope }}"}, 400, "template"),
         ({"model": "chain", "prompt": "x", "template": "{% for"}, 400, "template"),
         ({"model": "chain", "messages": [{"role": "boss"}]}, 400, "invalid role"),
         ({"model": "chain", "prompt": "word " * 4000}, 400, "2048"),

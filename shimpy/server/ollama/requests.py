@@ -11,7 +11,6 @@ from typing import Any, Literal, cast, get_args
 from shimpy.chat.messages import ChatMessage, Role, ToolCall, ToolSpec
 from shimpy.errors import InvalidOptionError, UserError
 from shimpy.server.embedding import EmbeddingRequest
-from shimpy.server.ollama.gotemplate import is_go_template, to_jinja
 from shimpy.server.ollama.options import parse_options
 from shimpy.server.ollama.wire import (
     ChatBody,
@@ -212,15 +211,9 @@ def _generate_prompt(body: GenerateBody) -> Prompt:
     return ChatPrompt(
         messages=tuple(messages),
         context=tuple(_token_id(i, token) for i, token in enumerate(body.context or [])),
-        template=_template(body.template),
+        template=body.template or None,
         is_one_turn=body.messages is None,
     )
-
-
-def _template(text: str | None) -> str | None:
-    if not text:
-        return None
-    return to_jinja(text) if is_go_template(text) else text
 
 
 def _token_id(index: int, token: int) -> int:
