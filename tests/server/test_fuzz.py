@@ -19,7 +19,17 @@ from tests.synthetic import write_chain
 
 pytestmark = pytest.mark.slow
 
-PATHS = ["/api/generate", "/api/chat", "/api/show", "/api/embed", "/api/embeddings"]
+PATHS = [
+    "/api/generate",
+    "/api/chat",
+    "/api/show",
+    "/api/embed",
+    "/api/embeddings",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+]
 
 scalars = (
     st.none()
@@ -27,13 +37,17 @@ scalars = (
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=20)
-    | st.sampled_from(["chain", "json", "5m", "user", "high", "{{ .Prompt }}", "aGk="])
+    | st.sampled_from(
+        ["chain", "json", "5m", "user", "high", "{{ .Prompt }}", "aGk=", "function_call"]
+    )
 )
 KEYS = (
     "model name prompt suffix system template context stream raw format keep_alive images options "
     "think truncate shift logprobs top_logprobs max_tokens temperature top_p top_k messages tools "
     "role content tool_calls function arguments type parameters properties num_ctx stop seed input "
-    "dimensions verbose num_predict logit_bias items enum pattern $ref"
+    "dimensions verbose num_predict logit_bias items enum pattern $ref n best_of echo tool_choice "
+    "response_format json_schema schema text effort reasoning summary output call_id instructions "
+    "previous_response_id include max_output_tokens encoding_format tool_call_id mode"
 )
 keys = st.sampled_from(KEYS.split())
 values = st.recursive(
