@@ -183,14 +183,20 @@ class Books:
         )
 
     def stop(
-        self, resident: Resident, reason: str, now: float, *, kind: EventKind = "unload"
+        self,
+        resident: Resident,
+        reason: str,
+        now: float,
+        *,
+        kind: EventKind = "unload",
+        cause: str = "",
     ) -> list[Effect]:
         """Stop a worker; nothing if it is being stopped already."""
         if resident.phase is Phase.STOPPING:
             return []
         resident.phase = Phase.STOPPING
         stop = StopWorker(worker=resident.worker, reason=reason)
-        return [stop, note(kind, resident.key, reason, now)]
+        return [stop, note(kind, resident.key, reason, now, cause=cause or kind)]
 
     def remove(self, worker: WorkerId) -> Resident | None:
         """Forget a worker that has ended, and the leases on it."""

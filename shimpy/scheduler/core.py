@@ -120,7 +120,8 @@ class SchedulerCore:
         effects = self._books.grant_waiting(queue, now)
         resident = queue.resident
         if not queue.waiting and resident is not None and resident.phase is Phase.LOADING:
-            effects += self._books.stop(resident, "no request waits for it any more", now)
+            reason = "no request waits for it any more"
+            effects += self._books.stop(resident, reason, now, cause="abandoned")
         self._wants_probe = True
         return self._settle(effects, now)
 
@@ -245,7 +246,7 @@ class SchedulerCore:
         resident.keep_alive_s = 0.0
         effects: list[Effect] = []
         if resident.is_idle and not queue.waiting:
-            effects = self._books.stop(resident, "somebody asked for it", now)
+            effects = self._books.stop(resident, "somebody asked for it", now, cause="asked")
         return self._settle(effects, now)
 
     def on_drain(self, now: float) -> list[Effect]:
@@ -256,14 +257,14 @@ class SchedulerCore:
             effects += self._books.reject_waiting(queue, StoppingError)
         for resident in self._books.residents.values():
             if resident.phase is Phase.LOADING:
-                effects += self._books.stop(resident, "shimpy is stopping", now)
+                effects += self._books.stop(resident, "shimpy is stopping", now, cause="stopping")
         return self._settle(effects, now)
 
     def on_drain_over(self, now: float) -> list[Effect]:
         """Stop every worker, busy or not: the time to drain is over."""
         effects = self.on_drain(now)
         for resident in self._books.residents.values():
-            effects += self._books.stop(resident, "shimpy is stopping", now)
+            effects += self._books.stop(resident, "shimpy is stopping", now, cause="stopping")
         return effects
 
     # --- why not, and what failed ---------------------------------------------------------
@@ -317,7 +318,9 @@ class SchedulerCore:
     def _count_death(self, queue: ModelQueue, end: WorkerExit, now: float) -> list[Effect]:
         queue.n_deaths += 1
         queue.last_death = end.reason
-        effects: list[Effect] = [note("died", queue.key, f"its worker {end.reason}", now)]
+        effects: list[Effect] = [
+            note("died", queue.key, f"its worker {end.reason}", now, cause=end.kind.value)
+        ]
         hold_s = policy.hold_s(queue.n_deaths)
         if hold_s > 0:
             queue.held_until_s = now + hold_s
@@ -359,10 +362,11 @@ class SchedulerCore:
             if not resident.is_idle or self._books.has_waiting(resident):
                 continue
             if self._draining:
-                effects += self._books.stop(resident, "shimpy is stopping", now)
+                effects += self._books.stop(resident, "shimpy is stopping", now, cause="stopping")
             elif now >= resident.idle_since_s + resident.keep_alive_s:
                 kept = format_duration(resident.keep_alive_s)
-                effects += self._books.stop(resident, f"idle for its keep_alive of {kept}", now)
+                reason = f"idle for its keep_alive of {kept}"
+                effects += self._books.stop(resident, reason, now, cause="keep_alive")
         return effects
 
     def _share_threads(self) -> list[Effect]:

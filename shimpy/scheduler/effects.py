@@ -69,6 +69,6 @@ class Note:
 Effect = StartWorker | StopWorker | Grant | Reject | SetThreads | Probe | Note
 
 
-def note(kind: EventKind, model: str, reason: str, now: float) -> Note:
-    """Return the effect that tells of an event."""
-    return Note(event=Event(kind=kind, model=model, reason=reason, at_s=now))
+def note(kind: EventKind, model: str, reason: str, now: float, *, cause: str = "") -> Note:
+    """Return the effect that tells of an event; `cause` is its reason in one word to count by."""
+    return Note(event=Event(kind=kind, model=model, reason=reason, at_s=now, cause=cause))

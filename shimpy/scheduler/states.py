@@ -159,3 +159,5 @@ class Event:
     reason: str
     # Seconds on the scheduler's clock; the shell reports them as seconds since the epoch.
     at_s: float
+    # Why, in one of a few words, to count by: an ExitKind's value for a death.
+    cause: str = ""
