@@ -20,7 +20,7 @@ from shimpy.placement.placement import (
 from shimpy.registry.model import Model
 
 MIB = 1024 * 1024
-DEFAULT_N_CTX = 4096
+DEFAULT_N_CTX = 8192
 N_SLOTS = 2
 
 

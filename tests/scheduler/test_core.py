@@ -66,6 +66,24 @@ def test_3_a_full_queue_is_rejected_with_a_guess() -> None:
     assert list(sim.granted) == kept
 
 
+def test_3_the_guess_follows_how_long_requests_take() -> None:
+    guesses = []
+    for lease_s in (1, 100):
+        sim = Simulation(ONE_AT_A_TIME, Limits(keep_alive_s=300, max_queue=10))
+        for _ in range(30):
+            request = sim.request(A)
+            sim.settle()
+            sim.advance(lease_s)
+            sim.release(request)
+        for _ in range(13):
+            sim.request(A)
+        error = sim.errors[sim.request(A)]
+        assert isinstance(error, QueueFullError)
+        guesses.append(error.retry_after_s)
+    # 10 wait, 3 are served at once: half of the queue is gone after 10 / 3 / 2 leases.
+    assert guesses == pytest.approx([10 / 3 / 2, 60], rel=0.01)
+
+
 def test_3_a_queue_of_none_still_serves_what_is_loaded() -> None:
     sim = Simulation(ONE_AT_A_TIME, Limits(keep_alive_s=300, max_queue=1))
     sim.load(A)
@@ -351,6 +369,28 @@ def test_yielding_ends_when_the_memory_is_found_elsewhere() -> None:
     assert late in sim.granted
 
 
+@pytest.mark.parametrize("how", ["cancelled", "served"])
+def test_patience_begins_anew(how: str) -> None:
+    sim = Simulation(ONE_AT_A_TIME)
+    sim.load(A)
+    busy = sim.request(A)
+    waits = sim.request(B)
+    sim.settle()
+    sim.advance(PATIENCE_S)
+    sim.settle()
+    if how == "cancelled":
+        sim.cancel(waits)
+    else:
+        sim.release(busy)
+        sim.settle()
+        sim.release(waits)
+        sim.load(A)
+        sim.request(A)
+    sim.request(B)
+    sim.settle()
+    assert sim.request(A) in sim.granted
+
+
 def test_the_impatient_are_not_overtaken() -> None:
     """Memory that a yielding model will give back is not given to later, smaller ones."""
     sim = Simulation(ONE_AT_A_TIME)
@@ -384,6 +424,8 @@ def options(n_ctx: int | None = None, n_slots: int | None = None) -> PlanOptions
         # 2048 is less than anyone gets who asks for nothing.
         ([2048, None, 2048, None], 2),
         ([16384, None, 16384, None], 1),
+        # No more than the default, but as much as the planner gives when memory is short.
+        ([4096, None, 4096, None], 1),
     ],
 )
 def test_contexts_do_not_cause_a_storm_of_reloads(asked: list[int | None], n_loads: int) -> None:
