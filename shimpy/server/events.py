@@ -31,6 +31,8 @@ class ContentDelta:
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    # Tokens that were generated since the last one: their text may still be held back.
+    n_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

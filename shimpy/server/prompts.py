@@ -7,7 +7,7 @@ in a thread.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -28,6 +28,7 @@ from shimpy.server.requests import (
     ChatPrompt,
     GapPrompt,
     GenerationRequest,
+    MixedPrompt,
     PlainPrompt,
     TokenPrompt,
     ToolChoice,
@@ -47,6 +48,8 @@ class Prepared:
     make_parser: Callable[[], OutputParser | None]
     # Calls after the first are left out.
     one_call: bool = False
+    # Makes the prompt again with so many characters of text at most; None: it is not to be cut.
+    shortened: Callable[[int], list[PromptPart]] | None = None
 
     def choice(self, index: int) -> Prepared:
         """Return the same for another answer to it: a given seed is counted up."""
@@ -88,6 +91,7 @@ def prepare(request: GenerationRequest, model: Model, card: ModelCard, now: date
         submit=submit,
         make_parser=lambda: _parser_of(request, form),
         one_call=isinstance(prompt, ChatPrompt) and not prompt.tool_choice.allows_several,
+        shortened=_shortener(prompt, card) if isinstance(prompt, GapPrompt) else None,
     )
 
 
@@ -131,11 +135,41 @@ def _render(request: GenerationRequest, card: ModelCard, now: datetime) -> _Form
             return _Form(rendered=Rendered(parts=parts, add_bos=not has_bos))
         case TokenPrompt(ids=ids):
             return _Form(rendered=Rendered(parts=[Tokens(list(ids))], add_bos=False))
-        case GapPrompt(prefix=prefix, suffix=suffix):
-            parts = fim_prompt(prefix, suffix, roles=card.fim_roles)
-            return _Form(rendered=Rendered(parts=parts))
+        case MixedPrompt(pieces=pieces):
+            return _Form(rendered=_mixed(pieces, card))
+        case GapPrompt():
+            return _Form(rendered=Rendered(parts=_gap_parts(prompt, card)))
         case ChatPrompt():
             return _render_chat(request, prompt, card, now)
+
+
+def _mixed(pieces: Sequence[str | tuple[int, ...]], card: ModelCard) -> Rendered:
+    parts: list[PromptPart] = [
+        Text(piece, parse_special=True) if isinstance(piece, str) else Tokens(list(piece))
+        for piece in pieces
+    ]
+    first = pieces[0] if pieces else ""
+    is_started = isinstance(first, tuple) or (
+        bool(card.bos_text) and first.startswith(card.bos_text)
+    )
+    return Rendered(parts=parts, add_bos=not is_started)
+
+
+def _gap_parts(
+    prompt: GapPrompt, card: ModelCard, max_chars: int | None = None
+) -> list[PromptPart]:
+    return fim_prompt(
+        prompt.prefix,
+        prompt.suffix,
+        roles=card.fim_roles,
+        middle=prompt.middle,
+        context=prompt.context,
+        max_chars=max_chars,
+    )
+
+
+def _shortener(prompt: GapPrompt, card: ModelCard) -> Callable[[int], list[PromptPart]]:
+    return lambda max_chars: _gap_parts(prompt, card, max_chars)
 
 
 def _render_chat(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from shimpy.chat.fim import ContextFile
 from shimpy.chat.messages import ChatMessage, ToolSpec
 from shimpy.server.options import Options
 
@@ -28,11 +29,25 @@ class TokenPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixedPrompt:
+    """Pieces as the client wrote them, text or tokens; a start token only before a text."""
+
+    pieces: tuple[str | tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GapPrompt:
-    """Text before and after a gap that the model fills by its own fill-in-the-middle tokens."""
+    """Text before and after a gap that the model fills by its own fill-in-the-middle tokens.
+
+    What does not fit the context is cut: of `context` first, from its beginning.
+    """
 
     prefix: str
     suffix: str
+    # What the answer begins with; it is not said again.
+    middle: str = ""
+    # Other files of the repository, the most useful ones last.
+    context: tuple[ContextFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +85,7 @@ class ChatPrompt:
         return () if self.tool_choice.mode == "none" else self.tools
 
 
-Prompt = PlainPrompt | TokenPrompt | GapPrompt | ChatPrompt
+Prompt = PlainPrompt | TokenPrompt | MixedPrompt | GapPrompt | ChatPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
