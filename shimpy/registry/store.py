@@ -36,6 +36,7 @@ from typing import Final, Self, TypeVar
 import msgspec
 
 from shimpy.errors import (
+    DiskFullError,
     InvalidNameError,
     NotFoundError,
     RegistryError,
@@ -175,7 +176,7 @@ class Store:
         name = manifest.model_name
         for file in manifest.files:
             self._check_file(file)
-        with self._lock:
+        with self._changing():
             path = _file_of(self.manifest_folder, name)
             disk.write_file(
                 path, encode_manifest(manifest), hook=lambda step: self._hook(f"manifest: {step}")
@@ -192,7 +193,7 @@ class Store:
         Raises:
             NotFoundError: the store has no `source`.
         """
-        with self._lock:
+        with self._changing():
             manifest = self._manifests.get(source)
             if manifest is None:
                 raise NotFoundError(f"model '{source}' not found")
@@ -213,7 +214,7 @@ class Store:
         Raises:
             NotFoundError: the store has no such model.
         """
-        with self._lock:
+        with self._changing():
             manifest = self._manifests.get(name)
             path = _file_of(self.manifest_folder, name)
             if manifest is None and path not in self._damaged:
@@ -238,17 +239,19 @@ class Store:
         Raises:
             DiskFullError: there is no room; the old settings are still there.
         """
-        with self._lock:
+        with self._changing():
             path = _file_of(self._settings_folder, name)
             if settings.is_empty:
-                if name in self._settings:
+                if name in self._settings or path in self._damaged:
                     disk.remove_file(path, hook=lambda step: self._hook(f"settings: {step}"))
                     _remove_if_empty(path.parent)
                     self._settings = _less(self._settings, name)
+                    self._damaged.pop(path, None)
                 return
             data = msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n"
             disk.write_file(path, data, hook=lambda step: self._hook(f"settings: {step}"))
             self._settings = MappingProxyType({**self._settings, name: settings})
+            self._damaged.pop(path, None)
 
     # --- upkeep -----------------------------------------------------------------------------
 
@@ -278,7 +281,7 @@ class Store:
                 for file in self.blobs.leftovers()
                 if file.digest not in needed and file.path not in pinned_folders
             ]
-            problems = list(self._damaged.values())
+            problems = self._unreadable_manifests()
             if not problems:
                 unused += [f for f in self.blobs.stored() if f.digest and f.digest not in needed]
             newest_s = time.time() - min_age_s
@@ -320,7 +323,18 @@ class Store:
 
     # --- within -----------------------------------------------------------------------------
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the store for a change; one that fails half-way leaves what is on the disk."""
+        with self._lock:
+            try:
+                yield
+            except (RegistryError, DiskFullError):
+                self._load()
+                raise
+
     def _load(self) -> None:
+        self._damaged.clear()
         with disk.explained(self.root):
             for folder in (self.manifest_folder, self._settings_folder):
                 for path in sorted(folder.rglob(f"{disk.TEMPORARY}*")):
@@ -364,9 +378,17 @@ class Store:
             return f"{path}: is damaged: its digest is {digest}, and {file.digest} was expected"
         return None
 
+    def _unreadable_manifests(self) -> list[str]:
+        """Return in words which manifests can't be read; what they need is not known."""
+        return [
+            problem
+            for path, problem in self._damaged.items()
+            if path.is_relative_to(self.manifest_folder)
+        ]
+
     def _remove_unused(self, digests: frozenset[str]) -> int:
         """Remove those of some blobs that nothing needs any more; return the bytes freed."""
-        if self._damaged:
+        if self._unreadable_manifests():
             return 0
         needed = {d for m in self._manifests.values() for d in m.digests} | self._pins.keys()
         freed = 0
