@@ -59,6 +59,8 @@ class HistoryEvent:
     model: str
     reason: str
     at_s: float
+    # Why, in one of a few words.
+    cause: str = ""
 
 
 class Journal:

@@ -249,7 +249,11 @@ class Scheduler:
 
     def _note(self, event: Event) -> None:
         shown = HistoryEvent(
-            kind=event.kind, model=event.model, reason=event.reason, at_s=self._epoch(event.at_s)
+            kind=event.kind,
+            model=event.model,
+            reason=event.reason,
+            at_s=self._epoch(event.at_s),
+            cause=event.cause,
         )
         self._journal.add(shown)
         _log.info(f"model_{event.kind}", model=event.model, reason=event.reason)

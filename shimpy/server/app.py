@@ -25,8 +25,8 @@ from shimpy.server.errors import (
     status_at,
 )
 from shimpy.server.guard import cors_headers
+from shimpy.server.native import operations, store
 from shimpy.server.native import routes as native
-from shimpy.server.native import store
 from shimpy.server.ollama import library
 from shimpy.server.ollama import routes as ollama
 from shimpy.server.openai import routes as openai
@@ -61,6 +61,7 @@ def all_routes() -> list[web.RouteDef]:
         *anthropic.ROUTES,
         *native.ROUTES,
         *store.ROUTES,
+        *operations.ROUTES,
     ]
 
 
@@ -69,6 +70,7 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Count the request, and log it once when it ends, however it ends."""
     lifecycle = services_of(request).lifecycle
     record = attach_record(request)
+    record.on_tokens = services_of(request).metrics.on_tokens
     started_s = time.monotonic()
     try:
         with lifecycle.running():
@@ -148,6 +150,13 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 
 
 def _log_request(request: web.Request, record: Record, total_s: float) -> None:
+    resource = request.match_info.route.resource
+    services_of(request).metrics.on_request(
+        method=request.method if request.method in hdrs.METH_ALL else "other",
+        route=resource.canonical if resource is not None else "unknown",
+        record=record,
+        total_s=total_s,
+    )
     _log.info(
         "request",
         request=record.request_id,

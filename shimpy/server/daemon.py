@@ -33,6 +33,7 @@ from shimpy.server.freshness import FreshRegistry
 from shimpy.server.guard import Guard
 from shimpy.server.listening import open_sockets, split_bind, urls_of
 from shimpy.server.machine import Machine, report_hardware
+from shimpy.server.metrics import Metrics
 from shimpy.server.services import Lifecycle, Services
 from shimpy.server.systemd import notify
 
@@ -72,9 +73,11 @@ async def _serve(config: Config, store: Store, announce: Callable[[str], None] |
                 machine=machine,
                 guard=Guard(host=host),
                 lifecycle=Lifecycle(),
+                metrics=Metrics(scheduler),
             )
             background = [
                 tasks.create_task(fresh.watch()),
+                tasks.create_task(services.metrics.follow(scheduler)),
                 tasks.create_task(_look_around(machine)),
             ]
             await _run(services, sockets, announce)

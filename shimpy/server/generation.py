@@ -74,6 +74,7 @@ async def generate_on(
 ) -> AsyncGenerator[Event, None]:
     """Yield the events of one answer under a lease; errors as `Lease.generate`."""
     answer = _Answer(prepared)
+    last_s: float | None = None
     async with aclosing(lease.generate(prepared.submit)) as mails:
         async for mail in mails:
             match mail:
@@ -81,8 +82,12 @@ async def generate_on(
                     record.n_prompt, record.n_cached = mail.n_prompt, mail.n_cached
                     yield Started(n_prompt=mail.n_prompt, n_cached=mail.n_cached)
                 case Delta():
+                    now_s = time.monotonic()
                     if record.first_token_s is None:
-                        record.first_token_s = time.monotonic() - arrived_s
+                        record.first_token_s = now_s - arrived_s
+                    if last_s is not None:
+                        record.tell_tokens(mail.n_tokens, now_s - last_s)
+                    last_s = now_s
                     record.n_generated = (record.n_generated or 0) + mail.n_tokens
                     for event in answer.take(mail):
                         yield event

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ REQUEST_ID_HEADER = "X-Request-Id"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Rounded to what is worth reading: tenths of a millisecond.
 _DIGITS = 4
+# The id has a name of its own in the line.
+_UNLOGGED = frozenset({"request_id", "on_tokens"})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,13 +48,20 @@ class Record:
     decode_s: float | None = None
     # From the request's arrival to its first token.
     first_token_s: float | None = None
+    # Told of tokens that follow others: the model, how many, and the seconds between.
+    on_tokens: Callable[[str, int, float], None] | None = None
+
+    def tell_tokens(self, n_tokens: int, gap_s: float) -> None:
+        """Tell whoever listens of tokens that came `gap_s` after those before them."""
+        if self.on_tokens is not None and self.model is not None:
+            self.on_tokens(self.model, n_tokens, gap_s)
 
     def fields(self) -> dict[str, Any]:
         """Return what is known, rounded, with the speed of the decode, for the log line."""
         known: dict[str, Any] = {}
         for name in self.__slots__:
             value = getattr(self, name)
-            if value is not None and name != "request_id":
+            if value is not None and name not in _UNLOGGED:
                 known[name] = round(value, _DIGITS) if isinstance(value, float) else value
         if self.decode_s and self.n_generated:
             known["decode_per_s"] = round(self.n_generated / self.decode_s, 1)

@@ -16,6 +16,7 @@ from shimpy.server.cards import ModelCards
 from shimpy.server.freshness import FreshRegistry
 from shimpy.server.guard import Guard
 from shimpy.server.machine import Machine
+from shimpy.server.metrics import Metrics
 from shimpy.server.openai.responses.store import ResponseStore
 
 
@@ -70,6 +71,7 @@ class Services:
     machine: Machine
     guard: Guard
     lifecycle: Lifecycle
+    metrics: Metrics
     responses: ResponseStore = field(default_factory=ResponseStore)
 
 

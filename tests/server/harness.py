@@ -24,6 +24,7 @@ from shimpy.server.cards import ModelCards
 from shimpy.server.freshness import FreshRegistry
 from shimpy.server.guard import Guard
 from shimpy.server.machine import Machine
+from shimpy.server.metrics import Metrics
 from shimpy.server.services import Lifecycle, Services
 from shimpy.units import GIB
 
@@ -88,6 +89,7 @@ async def running_app(
             machine=machine,
             guard=Guard(host="127.0.0.1"),
             lifecycle=Lifecycle(),
+            metrics=Metrics(scheduler),
         )
         runner = web.AppRunner(
             make_app(services), handler_cancellation=True, access_log=None, shutdown_timeout=1.0

@@ -1,0 +1,29 @@
+"""Routes for whoever runs the daemon: is it alive, is it ready, how is it doing."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from shimpy.server.metrics import CONTENT_TYPE
+from shimpy.server.services import services_of
+from shimpy.server.streaming import json_response
+
+
+async def ready(request: web.Request) -> web.Response:
+    """GET /ready: 200 once models can be asked for; while the daemon stops, 503."""
+    # Waits for the first scan of the folders: before it every name is unknown.
+    models = await services_of(request).registry.models()
+    usable = sum(model.error is None for model in models)
+    return json_response({"status": "ready", "models": usable})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """GET /metrics: counters, gauges and histograms in Prometheus' text format."""
+    body = services_of(request).metrics.render()
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+
+ROUTES = [
+    web.get("/ready", ready),
+    web.get("/metrics", metrics),
+]
