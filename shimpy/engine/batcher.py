@@ -5,10 +5,6 @@ not in the KV cache yet: many during prefill, one (the last sampled) from then o
 holds that one token of every sequence that generates, and as many prefill tokens beside them
 as keep the batch short.
 
-    waiting --admit--> running --finish--> gone
-       ^                  |
-       '-----preempt------'   its KV goes, its text and sampler stay; computed again later
-
 Admission is first come, first served, and the running sequences are in order of arrival too.
 """
 
@@ -19,7 +15,8 @@ from dataclasses import dataclass
 
 from shimpy.engine.backend import Chunk
 from shimpy.engine.pace import Pace
-from shimpy.engine.slots import KvOp, Match, Sequence, Slots
+from shimpy.engine.sequence import KvOp, Match, Sequence
+from shimpy.engine.slots import Slots
 
 # Room for this many new tokens is wanted before a sequence is admitted.
 MARGIN = 64

@@ -6,7 +6,7 @@ from typing import Final
 
 from shimpy.engine.backend import Backend, Sampler
 from shimpy.engine.intake import Prompted
-from shimpy.engine.slots import Sequence
+from shimpy.engine.sequence import Sequence
 from shimpy.engine.text import Attached, TextStream
 from shimpy.protocol.messages import Delta, Done, FinishReason, Prefilled, TokenLogprob
 

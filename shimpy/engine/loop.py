@@ -18,7 +18,7 @@ from shimpy.engine.batcher import Batch, Batcher
 from shimpy.engine.embeddings import Embeddings
 from shimpy.engine.generation import Generation, Pieces
 from shimpy.engine.intake import Inbox, Inputs, Prompted, Work
-from shimpy.engine.slots import KvCopy, KvOp, KvRemove, KvShift
+from shimpy.engine.sequence import KvCopy, KvOp, KvRemove, KvShift
 from shimpy.errors import ProtocolError, QueueFullError, ShimpyError, WorkerError
 from shimpy.protocol.messages import (
     Cancel,

@@ -7,114 +7,14 @@ loop to carry out before the next decode; the books run ahead of the cache by no
 from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
 
 from shimpy.engine.cells import Cells
+from shimpy.engine.sequence import ALL, KvCopy, KvOp, KvRemove, KvShift, Match, Sequence, Slot
 
 # A running sequence is waited for when it saves at least this many tokens of prefill.
 MIN_FOLLOW = 64
 # Idle caches give way in pieces of this many cells, from their ends.
 EVICT_CELLS = 256
-
-_ALL = 1 << 62
-
-
-@dataclass(frozen=True, slots=True)
-class KvRemove:
-    """Drop the positions [start, end) of a slot; end -1: to its end."""
-
-    slot: int
-    start: int
-    end: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class KvCopy:
-    """Let `target`, which is empty, share the first `n` positions of `source`."""
-
-    source: int
-    target: int
-    n: int
-
-
-@dataclass(frozen=True, slots=True)
-class KvShift:
-    """Move the positions [start, end) of a slot by `delta`."""
-
-    slot: int
-    start: int
-    end: int
-    delta: int
-
-
-KvOp = KvRemove | KvCopy | KvShift
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Sequence:
-    """A prompt with its completion. The batcher owns every field from `order` on."""
-
-    request: int
-    # Prompt and completion; the KV cache holds the first n_kv.
-    tokens: list[int]
-    n_prompt: int = field(init=False)
-    # New tokens at most.
-    n_predict: int
-    # Tokens at the front that a context shift spares; None: no shift, the full context ends it.
-    n_keep: int | None = None
-    # Look for the prefix in other slots.
-    reuse: bool = True
-
-    # Rank by arrival.
-    order: int = 0
-    slot: Slot | None = None
-    n_kv: int = 0
-    # Of the prompt, what was found in the KV cache.
-    n_cached: int = 0
-    n_generated: int = 0
-    n_preempted: int = 0
-    admitted_s: float | None = None
-    # The older sequence that computes our first n_shared tokens just now.
-    leader: Sequence | None = None
-    n_shared: int = 0
-
-    def __post_init__(self) -> None:
-        self.n_prompt = len(self.tokens)
-
-    @property
-    def n_pending(self) -> int:
-        """Tokens that are known but not in the KV cache."""
-        return len(self.tokens) - self.n_kv
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A place in the KV cache: busy with a sequence, or idle with what the last one left."""
-
-    id: int
-    sequence: Sequence | None = None
-    # What an idle slot's KV holds.
-    tokens: list[int] = field(default_factory=list)
-    # Positions from here on were moved by a context shift: no other prompt can use them.
-    n_exact: int = _ALL
-    last_used: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The longest prefix of a sequence in any slot: there now, or computed there soon."""
-
-    source: Slot | None = None
-    n_now: int = 0
-    # Worth waiting for when it is more than n_now.
-    n_soon: int = 0
-
-    @property
-    def n_from_busy(self) -> int:
-        """Tokens that need no cells of their own while their holder runs."""
-        if self.source is None or self.source.sequence is None:
-            return 0
-        return max(self.n_now, self.n_soon)
 
 
 class Slots:
@@ -235,7 +135,7 @@ class Slots:
         self._ops.append(KvRemove(slot.id, 0))
         self.cells.remove(slot.id, 0)
         slot.tokens = []
-        slot.n_exact = _ALL
+        slot.n_exact = ALL
 
     def drop_all(self) -> None:
         """Forget the whole KV cache; running sequences keep their slots."""
@@ -243,7 +143,7 @@ class Slots:
         self.cells = Cells(len(self._slots), self.cells.n_total)
         for slot in self._slots:
             slot.tokens = []
-            slot.n_exact = _ALL
+            slot.n_exact = ALL
             if slot.sequence is not None:
                 slot.sequence.n_kv = 0
 
@@ -308,7 +208,7 @@ class Slots:
             self.cells.remove(slot.id, n)
             del slot.tokens[n:]
         if n <= slot.n_exact:
-            slot.n_exact = _ALL
+            slot.n_exact = ALL
 
     def _count_reused(self, sequence: Sequence, n: int) -> None:
         sequence.n_kv = n

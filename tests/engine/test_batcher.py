@@ -8,7 +8,7 @@ import pytest
 
 from shimpy.engine.batcher import MARGIN, Batch, Batcher
 from shimpy.engine.pace import MIN_CHUNK
-from shimpy.engine.slots import Sequence
+from shimpy.engine.sequence import Sequence
 
 
 class Bench:

@@ -5,16 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shimpy.engine.slots import (
-    EVICT_CELLS,
-    MIN_FOLLOW,
-    KvCopy,
-    KvRemove,
-    KvShift,
-    Sequence,
-    Slots,
-    common_prefix,
-)
+from shimpy.engine.sequence import KvCopy, KvRemove, KvShift, Sequence
+from shimpy.engine.slots import EVICT_CELLS, MIN_FOLLOW, Slots, common_prefix
 
 A = list(range(1000, 1300))
 B = list(range(2000, 2300))

@@ -1,0 +1,111 @@
+"""A prompt with its completion, the slot that holds it, and what is to be done to the cache.
+
+waiting --admit--> running --finish--> gone
+^                  |
+'-----preempt------'   its KV goes, its text and sampler stay; computed again later
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# More positions than any context has.
+ALL = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class KvRemove:
+    """Drop the positions [start, end) of a slot; end -1: to its end."""
+
+    slot: int
+    start: int
+    end: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class KvCopy:
+    """Let `target`, which is empty, share the first `n` positions of `source`."""
+
+    source: int
+    target: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvShift:
+    """Move the positions [start, end) of a slot by `delta`."""
+
+    slot: int
+    start: int
+    end: int
+    delta: int
+
+
+KvOp = KvRemove | KvCopy | KvShift
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """A prompt with its completion. The batcher owns every field from `order` on."""
+
+    request: int
+    # Prompt and completion; the KV cache holds the first n_kv.
+    tokens: list[int]
+    n_prompt: int = field(init=False)
+    # New tokens at most.
+    n_predict: int
+    # Tokens at the front that a context shift spares; None: no shift, the full context ends it.
+    n_keep: int | None = None
+    # Look for the prefix in other slots.
+    reuse: bool = True
+
+    # Rank by arrival.
+    order: int = 0
+    slot: Slot | None = None
+    n_kv: int = 0
+    # Of the prompt, what was found in the KV cache.
+    n_cached: int = 0
+    n_generated: int = 0
+    n_preempted: int = 0
+    admitted_s: float | None = None
+    # The older sequence that computes our first n_shared tokens just now.
+    leader: Sequence | None = None
+    n_shared: int = 0
+
+    def __post_init__(self) -> None:
+        self.n_prompt = len(self.tokens)
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens that are known but not in the KV cache."""
+        return len(self.tokens) - self.n_kv
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place in the KV cache: busy with a sequence, or idle with what the last one left."""
+
+    id: int
+    sequence: Sequence | None = None
+    # What an idle slot's KV holds.
+    tokens: list[int] = field(default_factory=list)
+    # Positions from here on were moved by a context shift: no other prompt can use them.
+    n_exact: int = ALL
+    last_used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest prefix of a sequence in any slot: there now, or computed there soon."""
+
+    source: Slot | None = None
+    n_now: int = 0
+    # Worth waiting for when it is more than n_now.
+    n_soon: int = 0
+
+    @property
+    def n_from_busy(self) -> int:
+        """Tokens that need no cells of their own while their holder runs."""
+        if self.source is None or self.source.sequence is None:
+            return 0
+        return max(self.n_now, self.n_soon)
