@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Protocol
 
 import msgspec
 
@@ -31,8 +32,16 @@ from shimpy.protocol.messages import (
 
 _PROGRESS_STEP = 0.01
 
-# Load with a callback that takes the loaded fraction and answers whether to go on.
-OpenBackend = Callable[[Load, Callable[[float], bool]], Backend]
+
+class OpenBackend(Protocol):
+    """Loads a model; shimpy.engine.llama.open_backend is one."""
+
+    def __call__(self, load: Load, *, on_progress: Callable[[float], bool]) -> Backend:
+        """Return the loaded model; `on_progress` answers whether to go on.
+
+        Raises:
+            LoadError: it can't be loaded.
+        """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.devices:
         print_devices()
         return 0
-    return serve(Channel(socket.socket(fileno=arguments.fd)), open_llama)
+    return serve(Channel(socket.socket(fileno=arguments.fd)), import_llama)
 
 
 def print_devices() -> None:
@@ -57,29 +66,31 @@ def print_devices() -> None:
     sys.stdout.buffer.write(msgspec.json.encode(list_devices()) + b"\n")
 
 
-def open_llama(load: Load, on_progress: Callable[[float], bool]) -> Backend:
-    """Load a model with llama.cpp."""
+def import_llama() -> OpenBackend:
+    """Return what loads models with llama.cpp; importing it takes 0.15 s."""
     from shimpy.engine.llama import open_backend
 
-    return open_backend(load, on_progress=on_progress)
+    return open_backend
 
 
-def serve(channel: Channel, open_backend: OpenBackend) -> int:
+def serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
     """Serve one model on a channel until Shutdown; return the exit status.
 
-    Ends the process at once when the daemon is gone, even in the middle of a load.
+    `prepare` is called between Hello and Load, so that a spare worker waits ready. The process
+    ends at once when the daemon is gone, even in the middle of a load.
     """
     try:
-        return _serve(channel, open_backend)
+        return _serve(channel, prepare)
     except ConnectionError:
         # A send found the daemon gone before the reader thread did.
         return 0
 
 
-def _serve(channel: Channel, open_backend: OpenBackend) -> int:
+def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
     intake = Intake(send=channel.send, clock=time.monotonic)
     _take_signals(intake)
     channel.send(Hello(PROTOCOL_VERSION, os.getpid(), version("llama-cpp-python")))
+    open_backend = prepare()
     messages = channel.receive()
     load = next(messages, None)
     if load is None or isinstance(load, Shutdown):
@@ -89,7 +100,7 @@ def _serve(channel: Channel, open_backend: OpenBackend) -> int:
     threading.Thread(target=intake.run, args=(messages,), name="reader", daemon=True).start()
     started_s = time.monotonic()
     try:
-        backend = open_backend(load, _Progress(channel))
+        backend = open_backend(load, on_progress=_Progress(channel))
     except ShimpyError as error:
         out_of_memory = isinstance(error, LoadError) and error.out_of_memory
         channel.send(LoadFailed(error.message, out_of_memory=out_of_memory))

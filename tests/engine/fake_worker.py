@@ -36,7 +36,7 @@ def wait_for_ever() -> None:
     lock.acquire()
 
 
-def open_fake(load: Load, on_progress: Callable[[float], bool]) -> Backend:
+def open_fake(load: Load, *, on_progress: Callable[[float], bool]) -> Backend:
     on_progress(0.5)
     match load.path:
         case "stuck-load":
@@ -49,4 +49,4 @@ def open_fake(load: Load, on_progress: Callable[[float], bool]) -> Backend:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(Channel(socket.socket(fileno=int(sys.argv[2]))), open_fake))
+    sys.exit(serve(Channel(socket.socket(fileno=int(sys.argv[2]))), lambda: open_fake))
