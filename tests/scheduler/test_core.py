@@ -614,6 +614,55 @@ def test_a_placement_short_of_the_wish_is_not_loaded_again_for_it() -> None:
     assert len(sim.kinds("load")) == 2
 
 
+def test_a_retry_that_finds_no_room_is_the_end() -> None:
+    sim = Simulation(GPU)
+    request = sim.request(MOE)
+    sim.probed()
+    (worker,) = sim.processes
+    sim.load_failed(worker, out_of_memory=True)
+    sim.hardware = make_hardware(ram_mib=100, vram_mib=2000)
+    sim.exits(worker)
+    sim.probed()
+    error = sim.errors[request]
+    assert isinstance(error, LoadError)
+    assert error.message == (
+        "moe:latest could not be loaded: it said no; no placement that needs less memory fits now"
+    )
+
+
+@pytest.mark.parametrize("late", ["ready", "load_failed", "exit"])
+def test_news_of_a_worker_that_was_given_up_is_no_news(late: str) -> None:
+    sim = Simulation(make_hardware())
+    request = sim.request(A)
+    sim.probed()
+    (worker,) = sim.processes
+    sim.cancel(request)
+    before = list(sim.events)
+    if late == "ready":
+        sim.ready(worker)
+    elif late == "load_failed":
+        sim.load_failed(worker)
+    else:
+        sim.exits(worker)
+        sim.do(sim.core.on_worker_exit(worker, ABORTED, sim.now))
+    assert sim.events == before
+    assert not sim.of_phase(Phase.READY)
+
+
+def test_drain_gives_up_loads_and_keeps_leases() -> None:
+    sim = Simulation(make_hardware())
+    kept, idle = sim.load(A), sim.load(B)
+    lease = sim.request(A)
+    waits = sim.request(C)
+    sim.probed()
+    loading = sim.of_phase(Phase.LOADING)
+    sim.do(sim.core.on_drain(sim.now))
+    assert isinstance(sim.errors[waits], StoppingError)
+    assert set(sim.of_phase(Phase.STOPPING)) == {idle, *loading}
+    sim.release(lease)
+    assert set(sim.of_phase(Phase.STOPPING)) == {kept, idle, *loading}
+
+
 def test_a_retry_ends_with_those_who_waited_for_it() -> None:
     sim = Simulation(GPU)
     request = sim.request(MOE)

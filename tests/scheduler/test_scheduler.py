@@ -23,7 +23,10 @@ from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import PlanOptions
 from shimpy.protocol.messages import Done, Prefilled, Submit, Text
 from shimpy.registry.model import Model
+from shimpy.scheduler.exits import WorkerExit
+from shimpy.scheduler.reports import MAX_HISTORY, MAX_UNREAD_EVENTS, HistoryEvent, Journal
 from shimpy.scheduler.scheduler import Scheduler
+from shimpy.scheduler.worker import Worker
 from tests.scheduler.support import make_hardware
 from tests.scheduler.workshop import (
     ANY,
@@ -353,6 +356,40 @@ async def threads(scheduler: Scheduler, model: Model) -> float:
         *_, done = [event async for event in lease.generate(SUBMIT)]
         assert isinstance(done, Done)
         return done.queue_s
+
+
+async def test_a_fault_of_our_own_costs_one_worker(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug in the shell must not take the other models down."""
+    async with workshop.scheduler() as scheduler:
+        await use(scheduler, workshop.model("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "run", fail)
+            with pytest.raises(LoadError, match="was lost to a fault in shimpy: a bug"):
+                await use(scheduler, workshop.model("b"))
+        assert await use(scheduler, workshop.model("a")) == "Once upon a time"
+
+
+async def fail(_worker: Worker) -> WorkerExit:
+    raise RuntimeError("a bug")
+
+
+async def test_a_slow_listener_loses_the_oldest() -> None:
+    journal = Journal()
+    async with aclosing(journal.follow()) as events:
+        first = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        journal.add(event_at(-1))
+        await first
+        for number in range(MAX_UNREAD_EVENTS + 5):
+            journal.add(event_at(number))
+        assert (await anext(events)).at_s == 5
+    assert len(journal.past()) == MAX_HISTORY
+
+
+def event_at(seconds: float) -> HistoryEvent:
+    return HistoryEvent(kind="load", model="a", reason="", at_s=seconds)
 
 
 async def test_events_are_streamed(workshop: Workshop) -> None:
