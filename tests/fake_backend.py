@@ -245,6 +245,18 @@ class FakeBackend:
         self.embedded.append([list(ids) for ids in inputs])
         return b"".join(vector(ids, normalize=normalize) for ids in inputs)
 
+    def embed_last(self, chunks: Sequence[Chunk], *, normalize: bool) -> bytes:
+        _demand(0 < len(chunks) <= self.n_slots, f"the states of {len(chunks)} slots")
+        _demand(not self.has_encoder, "states of an encoder")
+        for chunk in chunks:
+            self._check(chunk)
+            _demand(len(chunk.tokens) == 1, "a state after several tokens")
+            self._add(chunk.slot, chunk.start, chunk.tokens)
+        self._rows = []
+        texts = [self.content(chunk.slot) for chunk in chunks]
+        self.embedded.append(texts)
+        return b"".join(vector(ids, normalize=normalize) for ids in texts)
+
     def set_threads(self, n_threads: int) -> None:
         self.threads.append(n_threads)
 

@@ -105,7 +105,8 @@ def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
         out_of_memory = isinstance(error, LoadError) and error.out_of_memory
         channel.send(LoadFailed(error.message, out_of_memory=out_of_memory))
         return 1
-    intake.serve(backend, embeds=load.embedding or backend.has_encoder)
+    embeds = load.embedding or backend.has_encoder
+    intake.serve(backend, embeds=embeds)
     channel.send(_ready(backend, time.monotonic() - started_s))
     engine = Engine(
         backend,
@@ -113,6 +114,7 @@ def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
         send=channel.send,
         clock=time.monotonic,
         n_ubatch=load.n_ubatch,
+        embeds=embeds,
     )
     engine.run()
     backend.close()

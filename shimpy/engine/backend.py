@@ -120,6 +120,16 @@ class Backend(Protocol):
             WorkerError: llama.cpp refused the batch.
         """
 
+    def embed_last(self, chunks: Sequence[Chunk], *, normalize: bool) -> bytes:
+        """Decode one token of each of some slots; return the model's state after each.
+
+        One little-endian float32 vector of `n_embd` for each chunk, in their order. Not for a
+        context that was loaded for embeddings.
+
+        Raises:
+            WorkerError: llama.cpp refused the batch.
+        """
+
     def set_threads(self, n_threads: int) -> None:
         """Use this many threads from the next decode on."""
 

@@ -141,12 +141,17 @@ class Intake:
         return Prompted(submit, ids, arrived_s)
 
     def _inputs(self, backend: Backend, embed: Embed) -> Inputs:
-        if not self._embeds:
-            raise UnsupportedError("the model was loaded to generate text, not for embeddings")
+        if not self._embeds and not backend.can_split:
+            raise UnsupportedError(
+                "a recurrent model that generates text gives no embeddings: its state after a "
+                "text can't be computed apart from the text"
+            )
+        # A model that generates keeps a place in its context for what it would say next.
+        n_most = backend.n_ctx if self._embeds else backend.n_ctx - 1
         inputs = []
         for index, parts in enumerate(embed.inputs):
             ids = self._prompts.tokenize(parts, add_bos=True)
-            n_max = backend.n_ctx - len(backend.end_ids)
+            n_max = n_most - len(backend.end_ids)
             if len(ids) > n_max and not embed.truncate:
                 raise ContextExceededError(
                     f"input {index} has {len(ids)} tokens, and the model embeds at most {n_max} "

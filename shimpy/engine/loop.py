@@ -18,7 +18,8 @@ from shimpy.engine.batcher import Batch, Batcher
 from shimpy.engine.embeddings import Embeddings
 from shimpy.engine.generation import Generation, Pieces
 from shimpy.engine.intake import Inbox, Inputs, Prompted, Work
-from shimpy.engine.sequence import KvCopy, KvOp, KvRemove, KvShift
+from shimpy.engine.sequence import KvCopy, KvOp, KvRemove, KvShift, Sequence
+from shimpy.engine.text_embeddings import TextEmbeddings
 from shimpy.errors import ProtocolError, QueueFullError, ShimpyError, WorkerError
 from shimpy.protocol.messages import (
     Cancel,
@@ -50,10 +51,12 @@ class Engine:
         send: Callable[[ToDaemon], None],
         clock: Callable[[], float],
         n_ubatch: int = 512,
+        embeds: bool = False,
     ) -> None:
         """Start idle; no batch is longer than the backend's `n_ubatch`.
 
         llama.cpp would only cut it up, and a cancel or a newcomer would wait for all of it.
+        `embeds`: the model was loaded for embeddings.
         """
         self._backend = backend
         self._inbox = inbox
@@ -67,6 +70,8 @@ class Engine:
             can_shift=backend.can_shift,
         )
         self._embeddings = Embeddings(backend)
+        self._texts = TextEmbeddings(backend, self._batcher)
+        self._embeds = embeds
         self._generations: dict[int, Generation] = {}
         self._plain = Pieces(backend, special=False)
         self._special = Pieces(backend, special=True)
@@ -78,7 +83,7 @@ class Engine:
     def run(self) -> None:
         """Step until Shutdown; running requests then end as cancelled."""
         while not self._is_stopping:
-            if not self._generations and not self._embeddings:
+            if not (self._generations or self._embeddings or self._texts):
                 self._wait()
             self.step()
         for generation in list(self._generations.values()):
@@ -113,7 +118,7 @@ class Engine:
             case Prompted():
                 self._accept(work)
             case Inputs():
-                self._embeddings.add(work)
+                (self._embeddings if self._embeds else self._texts).add(work)
             case Cancel():
                 self._cancel(work.request)
             case SetThreads():
@@ -146,7 +151,7 @@ class Engine:
         generation = self._generations.get(request)
         if generation is not None:
             self._end(generation, "cancelled")
-        elif self._embeddings.cancel(request):
+        elif self._embeddings.cancel(request) or self._texts.cancel(request):
             self._events.append(Done(request, "cancelled", 0, 0, 0, prefill_s=0.0, decode_s=0.0))
 
     # --- one batch ---
@@ -186,19 +191,36 @@ class Engine:
                 f"the KV cache of {self._backend.n_ctx} tokens is full at "
                 f"{len(sequence.tokens)} tokens of this request alone"
             )
-            self._fail(self._generations[sequence.request], error, keep_kv=False)
+            self._fail_sequence(sequence, error)
 
     def _sample(self, batch: Batch, now: float) -> None:
         row = 0
+        texts: list[Sequence] = []
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
             if not chunk.wants_logits:
                 continue
-            generation = self._generations[sequence.request]
-            try:
-                self._advance(generation, row, now)
-            except Exception as error:  # noqa: BLE001 - one request's boundary
-                self._fail(generation, error)
+            if sequence in self._texts:
+                texts.append(sequence)
+            else:
+                generation = self._generations[sequence.request]
+                try:
+                    self._advance(generation, row, now)
+                except Exception as error:  # noqa: BLE001 - one request's boundary
+                    self._fail(generation, error)
             row += 1
+        # Last, as it overwrites the logits.
+        for group in self._texts.alike(texts):
+            self._embed(group)
+
+    def _embed(self, texts: list[Sequence]) -> None:
+        try:
+            answers = self._texts.finish(texts)
+        except Exception as error:  # noqa: BLE001 - one batch's boundary
+            for sequence in texts:
+                self._fail_sequence(sequence, error)
+            return
+        for answer in answers:
+            self._send(answer)
 
     def _advance(self, generation: Generation, row: int, now: float) -> None:
         """Sample a request's next token and say what is certain of its text."""
@@ -238,7 +260,14 @@ class Engine:
     def _fail_batch(self, batch: Batch, error: Exception) -> None:
         """Fail the requests of a batch; what it left in their slots is not to be trusted."""
         for sequence in batch.sequences:
-            self._fail(self._generations[sequence.request], error, keep_kv=False)
+            self._fail_sequence(sequence, error)
+
+    def _fail_sequence(self, sequence: Sequence, error: Exception) -> None:
+        generation = self._generations.get(sequence.request)
+        if generation is not None:
+            self._fail(generation, error, keep_kv=False)
+        elif (request := self._texts.drop(sequence)) is not None:
+            self._refuse(request, error)
 
     def _refuse(self, request: int, error: Exception) -> None:
         if isinstance(error, ShimpyError):

@@ -80,7 +80,11 @@ class Rig:
         self.intake = Intake(send=self.hear, clock=lambda: self.now)
         self.intake.serve(self.backend, embeds=embeds)
         self.engine = Engine(
-            self.backend, inbox=self.intake.inbox, send=self.hear, clock=lambda: self.now
+            self.backend,
+            inbox=self.intake.inbox,
+            send=self.hear,
+            clock=lambda: self.now,
+            embeds=embeds,
         )
 
     def hear(self, message: ToDaemon) -> None:
@@ -109,7 +113,7 @@ class Rig:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.engine._generations or self.engine._embeddings) or (
+        return bool(self.engine._generations or self.engine._embeddings or self.engine._texts) or (
             not self.intake.inbox.empty()
         )
 

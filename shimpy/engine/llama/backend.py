@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from shimpy.engine.backend import Chunk, FimRole, Sampler
 from shimpy.engine.llama.context import Context
-from shimpy.engine.llama.embed import Embedder
+from shimpy.engine.llama.embed import Embedder, normalized
 from shimpy.engine.llama.grammar import GrammarMaker
 from shimpy.engine.llama.loader import Model, OnProgress, load_model
 from shimpy.engine.llama.log import LOG
@@ -104,6 +104,18 @@ class LlamaBackend:
         if not isinstance(self._work, Embedder):
             raise UnsupportedError("this model is loaded to generate text, not for embeddings")
         return self._work.embed(inputs, normalize=normalize).astype("<f4").tobytes()
+
+    def embed_last(self, chunks: Sequence[Chunk], *, normalize: bool) -> bytes:
+        """Decode one token of each of some slots; return the model's state after each.
+
+        One little-endian float32 vector of `n_embd` for each chunk, in their order.
+
+        Raises:
+            UnsupportedError: the model was loaded for embeddings.
+            WorkerError: llama.cpp refused the batch.
+        """
+        states = self._context.states(chunks)
+        return (normalized(states) if normalize else states).astype("<f4").tobytes()
 
     def set_threads(self, n_threads: int) -> None:
         """Use this many threads from the next decode on.

@@ -21,6 +21,7 @@ from shimpy.errors import LoadError, UnsupportedError, WorkerError
 from shimpy.protocol.messages import BufferUse, KvType, Load
 
 Row = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.float32]
 
 # ggml.h, enum ggml_type.
 _KV_TYPES: dict[KvType, int] = {
@@ -35,9 +36,12 @@ _KV_TYPES: dict[KvType, int] = {
 }
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _CTX_STEP = 256
+# llama.h, enum llama_pooling_type.
+_NO_POOLING = 0
 
 # The bindings' version makes a pointer object of it at each call.
 _get_logits = bind("llama_get_logits", ctypes.c_void_p, ctypes.c_void_p)
+_embeddings_of = bind("llama_get_embeddings_ith", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
 
 
 class Context:
@@ -63,6 +67,7 @@ class Context:
         # Recurrent state is one vector: its parts can't be dropped, copied or moved.
         self.can_split = not (model.is_recurrent or model.is_hybrid)
         self.can_shift: bool = self.can_split and LL.llama_memory_can_shift(self._memory)
+        self._n_embd = model.n_embd_out
         self._n_vocab: int = LL.llama_vocab_n_tokens(model.vocab_handle)
         self._batch = Batch(self.n_batch)
         self._n_outputs = 0
@@ -97,6 +102,36 @@ class Context:
             )
         row: Row = self._logits[index]
         return row
+
+    def states(self, chunks: Sequence[Chunk]) -> Rows:
+        """Decode a token of each of some slots; return `(len(chunks), n_embd)`, the last states.
+
+        Before the output layer and after its norm. The logits of the last decode are gone.
+
+        Raises:
+            WorkerError: llama.cpp refuses the batch or would abort on it, or the model computes
+                NaN.
+        """
+        batch = self._batch
+        self._n_outputs = 0
+        batch.fill(chunks, n_slots=self.n_slots, n_outputs_max=self.n_slots)
+        if batch.struct.n_tokens != len(chunks):
+            raise WorkerError("states are taken after single tokens")
+        # While this is on, every token of a batch is an output.
+        LL.llama_set_embeddings(self.handle, True)  # noqa: FBT003 (C has no names)
+        try:
+            status: int = LL.llama_decode(self.handle, batch.struct)
+            if status:
+                reason = "; ".join(LOG.errors(2))
+                raise WorkerError(
+                    f"llama.cpp refused a batch of {len(chunks)} last tokens ({status}): {reason}"
+                )
+            states = np.stack([self._state(row) for row in range(len(chunks))])
+        finally:
+            LL.llama_set_embeddings(self.handle, False)  # noqa: FBT003
+        if not np.isfinite(states).all():
+            raise WorkerError("the model computes NaN instead of embeddings: its file is damaged")
+        return states
 
     def remove(self, slot: int, start: int, end: int) -> bool:
         """Drop the positions [start, end) of a slot; end -1: to its end. False: it can't."""
@@ -141,6 +176,12 @@ class Context:
         if self.handle:
             LL.llama_free(self.handle)
             self.handle = 0
+
+    def _state(self, row: int) -> Row:
+        address: int | None = _embeddings_of(self.handle, row)
+        if not address:
+            raise WorkerError(f"llama.cpp gave no state of token {row} in a batch")
+        return np.ctypeslib.as_array((ctypes.c_float * self._n_embd).from_address(address)).copy()
 
     def _take_logits(self, n_outputs: int) -> None:
         # Waits for a GPU, also where no row is wanted: decode's time is the computation's.
@@ -194,6 +235,8 @@ def _params(load: Load) -> Any:
     params.n_seq_max = load.n_slots
     # Logits are computed for one token of each slot: no room for a whole micro-batch of rows.
     params.n_outputs_max = load.n_slots
+    # States are taken as they are, whatever pooling the file names.
+    params.pooling_type = _NO_POOLING
     # Sliding-window layers keep all cells too: any prefix of a slot can be used again.
     params.swa_full = True
     return params

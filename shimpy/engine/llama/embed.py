@@ -69,8 +69,7 @@ class Embedder:
         if not np.isfinite(vectors).all():
             raise WorkerError("the model computes NaN instead of embeddings: its file is damaged")
         if normalize and not self._is_rank:
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
+            return normalized(vectors)
         return vectors
 
     def set_threads(self, n_threads: int) -> None:
@@ -126,6 +125,13 @@ class Embedder:
             raise WorkerError(f"llama.cpp gave no embedding of text {slot} in a batch")
         row = (ctypes.c_float * self.n_embd).from_address(address)
         return np.ctypeslib.as_array(row).copy()
+
+
+def normalized(vectors: Vectors) -> Vectors:
+    """Return the rows scaled to length 1."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: Vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return scaled
 
 
 def _params(model: Model, load: Load) -> Any:

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from shimpy.engine.backend import Chunk
 from shimpy.engine.llama import LlamaBackend
 from shimpy.errors import ContextExceededError, UnsupportedError, WorkerError
-from tests.engine.llama.running import generate_ids, loaded, prompt_ids, run_apart
+from tests.engine.llama.running import generate_ids, loaded, prefill, prompt_ids, run_apart
 from tests.synthetic import write_bert, write_llama, write_nomic_bert
 
 TEXTS = ["hello world", "a", "the quick brown fox jumps over the lazy dog " * 5, "日本"]
@@ -53,6 +54,31 @@ def test_texts_in_a_batch_embed_as_they_do_alone(model: Path) -> None:
         # Different texts point elsewhere, or equality would mean nothing.
         similar = batched @ batched.T
         assert np.abs(similar[~np.eye(len(TEXTS), dtype=bool)]).max() < 0.99
+
+
+@pytest.mark.parametrize("flash_attn", ["auto", "off"])
+def test_states_of_a_generating_context_are_the_embeddings(
+    llama_model: Path, flash_attn: str
+) -> None:
+    """Taken between steps of a generation, which must not notice."""
+    with (
+        loaded(llama_model, embedding=True, flash_attn=flash_attn) as reference,
+        loaded(llama_model, flash_attn=flash_attn) as backend,
+    ):
+        expected_text = generate_ids(backend, "a story", n=8)
+        prompts = [prompt_ids(backend, text) for text in TEXTS[:3]]
+        expected = vectors(reference, prompts)
+        assert backend.kv_remove(0, 0, -1)
+        for slot, ids in enumerate(prompts):
+            prefill(backend, ids, slot=slot)
+            assert backend.kv_remove(slot, len(ids) - 1, -1)
+        chunks = [Chunk(slot, len(ids) - 1, ids[-1:], True) for slot, ids in enumerate(prompts)]
+        data = backend.embed_last(chunks, normalize=True)
+        states = np.frombuffer(data, "<f4").reshape(len(prompts), backend.n_embd)
+        np.testing.assert_allclose(states, expected, atol=2e-3)
+        assert generate_ids(backend, "a story", n=8, slot=3) == expected_text
+        with pytest.raises(WorkerError, match="single tokens"):
+            backend.embed_last([Chunk(3, 0, prompts[0], True)], normalize=True)
 
 
 def test_more_texts_than_a_batch_takes_are_all_embedded(bert_model: Path) -> None:
