@@ -276,14 +276,15 @@ class Store:
         with self._lock:
             needed = {d for m in self._manifests.values() for d in m.digests} | self._pins.keys()
             pinned_folders = {self.blobs.working_path(key) for key in self._pins}
-            unused = [
-                file
-                for file in self.blobs.leftovers()
-                if file.digest not in needed and file.path not in pinned_folders
-            ]
             problems = self._unreadable_manifests()
-            if not problems:
-                unused += [f for f in self.blobs.stored() if f.digest and f.digest not in needed]
+            with disk.explained(self.root):
+                unused = [
+                    file
+                    for file in self.blobs.leftovers()
+                    if file.digest not in needed and file.path not in pinned_folders
+                ]
+                blobs = [] if problems else list(self.blobs.stored())
+            unused += [file for file in blobs if file.digest and file.digest not in needed]
             newest_s = time.time() - min_age_s
             old = [file for file in unused if file.modified_s <= newest_s]
             removed = []

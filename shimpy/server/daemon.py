@@ -18,13 +18,16 @@ from pathlib import Path
 
 from aiohttp import web
 
-from shimpy.config import Config, Tool, tool_folders
+from shimpy.config import Config, Tool, config_folder, tool_folders
+from shimpy.errors import RegistryError
 from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.probe import probe_hardware
+from shimpy.registry.catalog import FILE_NAME as CATALOG_NAME
+from shimpy.registry.catalog import CatalogFile
 from shimpy.registry.own import BuiltIn, StoreModels
 from shimpy.registry.registry import Registry
-from shimpy.registry.store import Store
+from shimpy.registry.store import LEFTOVER_S, Store
 from shimpy.registry.tools import tool_sources
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.server.app import make_app
@@ -34,6 +37,7 @@ from shimpy.server.guard import Guard
 from shimpy.server.listening import open_sockets, split_bind, urls_of
 from shimpy.server.machine import Machine, report_hardware
 from shimpy.server.metrics import Metrics
+from shimpy.server.pulling import make_pulls
 from shimpy.server.services import Lifecycle, Services
 from shimpy.server.systemd import notify
 
@@ -53,12 +57,26 @@ async def serve(config: Config, *, announce: Callable[[str], None] | None = None
     """
     await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
     with await asyncio.to_thread(Store, config.data_dir / "store") as store:
+        await asyncio.to_thread(_tidy, store)
         await _serve(config, store, announce)
     _log.info("stopped")
 
 
+def _tidy(store: Store) -> None:
+    """Remove what was left unfinished long ago; say what of the store can't be read."""
+    try:
+        collected = store.gc(min_age_s=LEFTOVER_S)
+    except RegistryError as error:
+        _log.warning("not_collected", reason=error.message)
+    else:
+        _log.info("collected", n_files=collected.n_files, freed_bytes=collected.freed_bytes)
+    for path, problem in store.damaged.items():
+        _log.warning("damaged", path=str(path), reason=problem)
+
+
 async def _serve(config: Config, store: Store, announce: Callable[[str], None] | None) -> None:
-    fresh = FreshRegistry(make_registry(config, store, tool_folders()))
+    catalog = await asyncio.to_thread(CatalogFile, config_folder() / CATALOG_NAME)
+    fresh = FreshRegistry(make_registry(config, store, catalog, tool_folders()))
     machine = Machine(make_probe(config))
     host, port = split_bind(config.bind)
     sockets = await open_sockets(host, port)
@@ -68,6 +86,16 @@ async def _serve(config: Config, store: Store, announce: Callable[[str], None] |
                 config=config,
                 registry=fresh,
                 store=store,
+                catalog=catalog,
+                pulls=make_pulls(
+                    config,
+                    tasks=tasks,
+                    store=store,
+                    catalog=catalog,
+                    registry=fresh,
+                    machine=machine,
+                    scheduler=scheduler,
+                ),
                 scheduler=scheduler,
                 cards=ModelCards(),
                 machine=machine,
@@ -88,7 +116,9 @@ async def _serve(config: Config, store: Store, announce: Callable[[str], None] |
             sock.close()
 
 
-def make_registry(config: Config, store: Store, folders: Mapping[Tool, Sequence[Path]]) -> Registry:
+def make_registry(
+    config: Config, store: Store, catalog: CatalogFile, folders: Mapping[Tool, Sequence[Path]]
+) -> Registry:
     """Return the registry over all sources of models; `folders` are other tools'."""
     return Registry(
         config.model_dirs,
@@ -96,6 +126,7 @@ def make_registry(config: Config, store: Store, folders: Mapping[Tool, Sequence[
         before=[BuiltIn(), StoreModels(store)],
         after=tool_sources({tool: folders[tool] for tool in config.stores}),
         settings=store.settings,
+        defaults=catalog.settings,
     )
 
 
@@ -184,6 +215,8 @@ async def _drain(services: Services, runner: web.AppRunner, stop: StopSignals) -
     lifecycle.is_stopping = True
     for site in runner.sites:
         await site.stop()
+    # They are kept as far as they are; waiting for gigabytes to come is no use.
+    await services.pulls.close()
     async with asyncio.TaskGroup() as tasks:
         waits = [
             tasks.create_task(lifecycle.wait_idle()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,23 @@ def test_a_modelfile_that_makes_no_model_is_refused(
     done = daemon.shimpy("create", "x", "-f", str(tmp_path / "Modelfile"))
     assert done.returncode == 1
     assert word in done.stderr
+
+
+def test_what_was_left_unfinished_long_ago_goes_at_the_next_start(tmp_path: Path) -> None:
+    """And nothing that is younger, nor the start for a manifest that can't be read."""
+    store = tmp_path / "home" / "data" / "store"
+    old, young = store / "partial" / "sha256-old", store / "partial" / "sha256-young"
+    damaged = store / "manifests" / "m" / "latest.json"
+    for path in (old, young, damaged):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    (tmp_path / "models").mkdir()
+    with running_daemon(tmp_path / "home", tmp_path / "models") as daemon:
+        models = json.loads(daemon.shimpy("list", "m", "--json").stdout)
+    assert (old.exists(), young.exists()) == (False, True)
+    assert [model["name"] for model in models] == ["m:latest"]
+    assert "manifest can't be read" in models[0]["error"]
 
 
 def test_a_second_daemon_names_the_first_and_leaves(daemon: Daemon) -> None:
