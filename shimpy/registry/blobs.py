@@ -21,12 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from shimpy.errors import NotFoundError, RegistryError, UserError
+from shimpy.errors import InvalidOptionError, NotFoundError, RegistryError, UserError
 from shimpy.names import name_part
 from shimpy.registry import disk
 from shimpy.registry.manifest import digest_of, parse_digest
 
 _CHUNK: Final = 4 * 1024 * 1024
+# In a working folder: the beginning of a file whose digest is not known.
+_DATA: Final = "data"
 
 # Called with the bytes done so far; what it raises ends the work.
 OnBytes = Callable[[int], None]
@@ -82,6 +84,17 @@ class Blobs:
         except OSError as error:
             raise NotFoundError(f"there is no blob {digest}") from error
 
+    def begun_bytes(self, key: str) -> int:
+        """Return how much an unfinished writer has left, of a digest or a working folder's key."""
+        try:
+            path = self.partials / self.path(key).name
+        except InvalidOptionError:
+            path = self.working_path(key) / _DATA
+        try:
+            return path.stat().st_size
+        except OSError:
+            return 0
+
     def begin(self, digest: str, *, resume: bool = True) -> BlobWriter:
         """Return a writer that turns bytes into the blob `digest`.
 
@@ -111,7 +124,7 @@ class Blobs:
 
         Its beginning lies in the working folder of `key`, which the caller discards at the end.
         """
-        path = self.working_folder(key) / "data"
+        path = self.working_folder(key) / _DATA
         with disk.explained(path):
             disk.make_folder(self.folder)
         return self._begin(path, None, keeps=True)
@@ -212,7 +225,7 @@ class Blobs:
             if disk.is_temporary(path) and not self._is_open(path):
                 yield _stored_file(path)
         for path in _entries(self.partials):
-            if not self._is_open(path) and not self._is_open(path / "data"):
+            if not self._is_open(path) and not self._is_open(path / _DATA):
                 yield _stored_file(path)
 
     def release(self, path: Path) -> None:

@@ -156,6 +156,36 @@ class Catalog:
         )
 
 
+class CatalogFile:
+    """The catalog as its files are now; they are read again when the user's has changed."""
+
+    def __init__(self, user_file: Path | None = None) -> None:
+        """Read the files; errors as `load_catalog`."""
+        self._user_file = user_file
+        self._stamp = _stamp(user_file)
+        self._catalog = load_catalog(user_file)
+
+    def current(self) -> Catalog:
+        """Return the catalog; blocking. Errors as `load_catalog`."""
+        stamp = _stamp(self._user_file)
+        if stamp != self._stamp:
+            self._catalog = load_catalog(self._user_file)
+            self._stamp = stamp
+        return self._catalog
+
+    def settings(self, name: ModelName) -> ModelSettings:
+        """Return the defaults of a model, by what was read last."""
+        return self._catalog.settings(name)
+
+
+def _stamp(path: Path | None) -> tuple[int, int] | None:
+    try:
+        status = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_size) if status is not None else None
+
+
 def _is_quantization(tag: str) -> bool:
     return name_from_stem(f"x-{tag}") == ModelName("x", tag)
 

@@ -9,7 +9,7 @@ language, a system message, parameters, messages, licences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,13 +28,15 @@ from shimpy.registry.tools.reading import (
 )
 
 TOOL: Final = "ollama"
-_MEDIA: Final = "application/vnd.ollama.image."
+MEDIA: Final = "application/vnd.ollama.image."
+# The kinds of layers that are texts about the model.
+SETTING_LAYERS: Final = ("params", "system", "template", "messages", "license")
 # What a name leaves out: the registry that Ollama itself pulls from.
 _USUAL_HOST: Final = "registry.ollama.ai"
 _USUAL_NAMESPACE: Final = "library"
 
 
-class _Layer(msgspec.Struct, rename="camel"):
+class Layer(msgspec.Struct, rename="camel"):
     """A part of a model."""
 
     media_type: str
@@ -42,10 +44,10 @@ class _Layer(msgspec.Struct, rename="camel"):
     size: int = 0
 
 
-class _Manifest(msgspec.Struct):
+class LayerManifest(msgspec.Struct):
     """What Ollama keeps under a name: Docker's manifest, version 2."""
 
-    layers: list[_Layer] | None = None
+    layers: list[Layer] | None = None
 
 
 class OllamaStore:
@@ -54,7 +56,7 @@ class OllamaStore:
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = tuple(folders)
         # By path and stamp: manifests change by being replaced.
-        self._manifests: dict[tuple[Path, str], _Manifest] = {}
+        self._manifests: dict[tuple[Path, str], LayerManifest] = {}
         # By blob: they never change.
         self._blobs: dict[Path, bytes] = {}
 
@@ -62,7 +64,7 @@ class OllamaStore:
         """Return all models; those that lack a file are broken, those without one left out."""
         models: list[FoundModel] = []
         problems: list[str] = []
-        manifests: dict[tuple[Path, str], _Manifest] = {}
+        manifests: dict[tuple[Path, str], LayerManifest] = {}
         for root in self._folders:
             try:
                 for path, name in _manifest_paths(root / "manifests"):
@@ -71,7 +73,7 @@ class OllamaStore:
                         continue
                     key = (path, file.stamp)
                     try:
-                        manifests[key] = self._manifests.get(key) or read_json(path, _Manifest)
+                        manifests[key] = self._manifests.get(key) or read_json(path, LayerManifest)
                         found = self._found(root, file, name, manifests[key].layers or [])
                     except UnreadableError as error:
                         found = _broken(file, name, str(error))
@@ -82,14 +84,14 @@ class OllamaStore:
         return Scan(models=tuple(models), readable=self._folders, problems=tuple(problems))
 
     def _found(
-        self, root: Path, manifest: FoundFile, name: ModelName, layers: Sequence[_Layer]
+        self, root: Path, manifest: FoundFile, name: ModelName, layers: Sequence[Layer]
     ) -> FoundModel | None:
         """Return the model that some layers make; None: none that is on this machine."""
         by_kind: dict[str, list[Path]] = {}
         digests: dict[Path, str] = {}
         for layer in layers:
             path = _blob_path(root, layer.digest)
-            by_kind.setdefault(layer.media_type.removeprefix(_MEDIA), []).append(path)
+            by_kind.setdefault(layer.media_type.removeprefix(MEDIA), []).append(path)
             digests[path] = layer.digest.replace("-", ":")
         models = by_kind.get("model", [])
         if not models:
@@ -113,23 +115,31 @@ class OllamaStore:
         )
 
     def _settings(self, by_kind: dict[str, list[Path]]) -> ModelSettings:
-        def text(kind: str) -> str | None:
-            paths = by_kind.get(kind, [])
-            return self._text(paths[0]) if paths else None
-
-        licenses = [self._text(path) for path in by_kind.get("license", [])]
-        return ModelSettings(
-            parameters=_decoded(text("params"), dict[str, Any]) or {},
-            system=text("system"),
-            template=text("template"),
-            messages=_decoded(text("messages"), tuple[Turn, ...]),
-            license="\n".join(licenses) if licenses else None,
-        )
+        texts = {
+            kind: [self._text(path) for path in by_kind.get(kind, [])] for kind in SETTING_LAYERS
+        }
+        return layer_settings(texts)
 
     def _text(self, path: Path) -> str:
         if path not in self._blobs:
             self._blobs[path] = read_small(path)
         return self._blobs[path].decode(errors="replace")
+
+
+def layer_settings(texts: Mapping[str, Sequence[str]]) -> ModelSettings:
+    """Return what a model's small layers say, given as texts by their kind in SETTING_LAYERS."""
+
+    def first(kind: str) -> str | None:
+        return next(iter(texts.get(kind, [])), None)
+
+    licenses = texts.get("license", [])
+    return ModelSettings(
+        parameters=_decoded(first("params"), dict[str, Any]) or {},
+        system=first("system"),
+        template=first("template"),
+        messages=_decoded(first("messages"), tuple[Turn, ...]),
+        license="\n".join(licenses) if licenses else None,
+    )
 
 
 def _manifest_paths(root: Path) -> Iterator[tuple[Path, ModelName]]:
