@@ -88,6 +88,18 @@ def plan_lines(report: PlanReport) -> list[str]:
     return lines + [unusable_line(card) for card in report.hardware.unusable]
 
 
+def forecast_line(report: PlanReport) -> str:
+    """Return what to expect of a model that is not here yet, in one line.
+
+    "10.1 GiB: will run with the experts of 27 layers in RAM: 1.9 GiB VRAM, 9.5 GiB RAM", or
+    "41.4 GiB: can't run here".
+    """
+    rung, size = report.rung, format_bytes(report.shape.file_bytes)
+    if not rung.fits:
+        return f"{size}: can't run here"
+    return f"{size}: will run {_manner(rung.placement)}: {_takes(rung)}"
+
+
 def unusable_line(card: UnusableGpu) -> str:
     """Return what to know of a card that this build of llama.cpp can't use."""
     size = f" ({format_bytes(card.total_bytes)})" if card.total_bytes else ""
@@ -97,13 +109,35 @@ def unusable_line(card: UnusableGpu) -> str:
 def _headline(report: PlanReport) -> str:
     """Return "10.1 GiB: experts of 27 layers in RAM: 1.9 GiB VRAM, 9.5 GiB RAM"."""
     rung = report.rung
-    vram = sum(device.total_bytes for device in rung.devices)
-    takes = f"{format_bytes(rung.host.total_bytes)} RAM"
-    if rung.devices:
-        takes = f"{format_bytes(vram)} VRAM, {takes}"
     verdict = "" if rung.fits else "does not fit: "
     what = describe_layout(report.shape, rung.placement)
-    return f"{format_bytes(report.shape.file_bytes)}: {verdict}{what}: {takes}"
+    return f"{format_bytes(report.shape.file_bytes)}: {verdict}{what}: {_takes(rung)}"
+
+
+def _takes(rung: Rung) -> str:
+    ram = f"{format_bytes(rung.host.total_bytes)} RAM"
+    if not rung.devices:
+        return ram
+    vram = sum(device.total_bytes for device in rung.devices)
+    return f"{format_bytes(vram)} VRAM, {ram}"
+
+
+def _manner(placement: Placement) -> str:
+    """Return how a model runs, in the words that follow "will run"."""
+    gpus = " and ".join(placement.devices)
+    n_moved = placement.moe_layers_in_ram
+    experts = f"with the experts of {n_moved} layer{'' if n_moved == 1 else 's'} in RAM"
+    match placement.mode:
+        case "gpu":
+            return f"wholly on {gpus}"
+        case "experts-in-ram":
+            return experts
+        case "partial-gpu":
+            on_gpu = max(0, placement.n_gpu_layers - 1)
+            text = f"with {on_gpu} of {placement.n_layers} layers on {gpus}"
+            return f"{text}, {experts}" if n_moved else text
+        case "cpu":
+            return "on the CPU alone"
 
 
 def _settings_line(placement: Placement) -> str:
