@@ -28,6 +28,7 @@ from shimpy.scheduler.clock import Clock, LoopClock, TimerHandle
 from shimpy.scheduler.core import SchedulerCore
 from shimpy.scheduler.exits import ExitKind, WorkerExit
 from shimpy.scheduler.lease import Lease
+from shimpy.scheduler.ledger import Ledger
 from shimpy.scheduler.loads import load_message, with_defaults
 from shimpy.scheduler.policy import Planner
 from shimpy.scheduler.reports import HistoryEvent, Journal, ResidentInfo, WaitingInfo
@@ -135,6 +136,10 @@ class Scheduler:
     def residents(self) -> tuple[ResidentInfo, ...]:
         """Return all residents, the longest loaded first."""
         return tuple(self._resident_info(r) for r in self._core.residents.values())
+
+    def emptied(self, hardware: Hardware) -> Hardware:
+        """Return a snapshot of the machine as it would be with no model loaded."""
+        return Ledger(hardware, self._core.residents.values()).at_most()
 
     def waiting(self) -> tuple[WaitingInfo, ...]:
         """Return the models that wait for a worker, or are held back after deaths."""
