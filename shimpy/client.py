@@ -67,6 +67,14 @@ class Client:
         """Return the placement that the daemon would choose."""
         return self._call("POST", "/api/plan", request)
 
+    def catalog(self) -> list[dict[str, Any]]:
+        """Return the models that can be pulled by a short name."""
+        return list(self._call("GET", "/api/catalog")["models"])
+
+    def pull(self, model: str, *, force: bool = False) -> Iterator[dict[str, Any]]:
+        """Yield the lines of /api/pull as they come, "success" with the model's name last."""
+        return self._stream("/api/pull", {"model": model, "force": force})
+
     def generate(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the chunks of /api/generate as they come."""
         return self._stream("/api/generate", request)

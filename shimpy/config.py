@@ -66,6 +66,13 @@ def _parse_choice(*choices: str) -> Parser:
     return parse
 
 
+def _parse_switch(value: Any) -> bool:
+    text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value).lower()
+    if text not in {"on", "true", "yes", "1", "off", "false", "no", "0"}:
+        raise InvalidOptionError(f"it must be on or off, not {value!r}")
+    return text in {"on", "true", "yes", "1"}
+
+
 def _parse_size(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
@@ -172,6 +179,12 @@ class Config:
         _parse_stores,
         "TOOLS",
         "Other tools whose models are used where they lie: all, none, or some of them.",
+    )
+    offline: bool = _setting(
+        False,  # noqa: FBT003 - a default, not an argument
+        _parse_switch,
+        "[on|off]",
+        "Use no network: refuse to pull models.",
     )
     cpu_moe: CpuMoeSetting = _setting(
         "auto",

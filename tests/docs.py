@@ -84,6 +84,8 @@ def _default_of(name: str, default: object) -> str:
         return "`all`"
     if default is None:
         return "-"
+    if isinstance(default, bool):
+        return f"`{'on' if default else 'off'}`"
     from shimpy.units import format_bytes, format_duration
 
     if METAVARS[name] == "SIZE" and isinstance(default, int):

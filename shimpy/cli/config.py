@@ -47,6 +47,8 @@ def _shown(value: Any, metavar: str) -> str:
 
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, list):
         return ", ".join(value) or "none"
     if metavar == "SIZE":

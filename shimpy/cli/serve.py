@@ -16,6 +16,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "model_dirs": {"multiple": True},
     # Bare `--cpu-moe` means on, as llama.cpp's own flag does.
     "cpu_moe": {"is_flag": False, "flag_value": "on"},
+    "offline": {"is_flag": False, "flag_value": "on"},
 }
 
 

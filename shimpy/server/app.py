@@ -25,9 +25,9 @@ from shimpy.server.errors import (
     status_at,
 )
 from shimpy.server.guard import cors_headers
-from shimpy.server.native import operations, store
+from shimpy.server.native import catalog, operations, store
 from shimpy.server.native import routes as native
-from shimpy.server.ollama import library
+from shimpy.server.ollama import library, pull
 from shimpy.server.ollama import routes as ollama
 from shimpy.server.openai import routes as openai
 from shimpy.server.record import REQUEST_ID_HEADER, Record, attach_record, log_bug, record_of
@@ -57,9 +57,11 @@ def all_routes() -> list[web.RouteDef]:
     return [
         *ollama.ROUTES,
         *library.ROUTES,
+        *pull.ROUTES,
         *openai.ROUTES,
         *anthropic.ROUTES,
         *native.ROUTES,
+        *catalog.ROUTES,
         *store.ROUTES,
         *operations.ROUTES,
     ]

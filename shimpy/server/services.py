@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from shimpy.config import Config
+from shimpy.registry.catalog import CatalogFile
 from shimpy.registry.store import Store
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.server.cards import ModelCards
@@ -18,6 +19,7 @@ from shimpy.server.guard import Guard
 from shimpy.server.machine import Machine
 from shimpy.server.metrics import Metrics
 from shimpy.server.openai.responses.store import ResponseStore
+from shimpy.server.pulls import Pulls
 
 
 @dataclass(slots=True)
@@ -66,6 +68,8 @@ class Services:
     config: Config
     registry: FreshRegistry
     store: Store
+    catalog: CatalogFile
+    pulls: Pulls
     scheduler: Scheduler
     cards: ModelCards
     machine: Machine

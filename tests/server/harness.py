@@ -15,6 +15,8 @@ from aiohttp import web
 
 from shimpy.config import Config
 from shimpy.placement.hardware import Hardware, Host
+from shimpy.registry.catalog import CatalogFile
+from shimpy.registry.fetch import Retries
 from shimpy.registry.own import StoreModels
 from shimpy.registry.registry import Registry
 from shimpy.registry.store import Store
@@ -25,6 +27,7 @@ from shimpy.server.freshness import FreshRegistry
 from shimpy.server.guard import Guard
 from shimpy.server.machine import Machine
 from shimpy.server.metrics import Metrics
+from shimpy.server.pulling import make_pulls
 from shimpy.server.services import Lifecycle, Services
 from shimpy.units import GIB
 
@@ -73,17 +76,32 @@ async def running_app(
     async with (
         Scheduler(config, machine.probe, engine_argv=engine_argv) as scheduler,
         open_store(state / "store") as store,
+        asyncio.TaskGroup() as tasks,
     ):
+        catalog = CatalogFile(state / "registry.toml")
         registry = Registry(
             config.model_dirs,
             index_path=state / "index.sqlite",
             before=[StoreModels(store)],
             settings=store.settings,
+            defaults=catalog.settings,
         )
+        fresh = FreshRegistry(registry)
         services = Services(
             config=config,
-            registry=FreshRegistry(registry),
+            registry=fresh,
             store=store,
+            catalog=catalog,
+            pulls=make_pulls(
+                config,
+                tasks=tasks,
+                store=store,
+                catalog=catalog,
+                registry=fresh,
+                machine=machine,
+                scheduler=scheduler,
+                retries=Retries(most=3, first_pause_s=0.01),
+            ),
             scheduler=scheduler,
             cards=ModelCards(),
             machine=machine,
@@ -103,5 +121,6 @@ async def running_app(
             async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client:
                 yield Running(url=url, client=client, services=services)
         finally:
+            await services.pulls.close()
             await runner.cleanup()
             await scheduler.drain(0.0)
