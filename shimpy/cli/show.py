@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -45,7 +46,9 @@ def print_sections(shown: dict[str, Any]) -> None:
             "context length": info.get(f"{arch}.context_length"),
             "embedding length": info.get(f"{arch}.embedding_length"),
             "quantization": details["quantization_level"],
-        },
+            "from": shown.get("source"),
+            "made from": details.get("parent_model") or None,
+        }.items(),
     )
     experts = shown.get("experts")
     if experts and experts["tensors"]:
@@ -59,22 +62,30 @@ def print_sections(shown: dict[str, Any]) -> None:
                 "active": experts["n_expert_used"],
                 "tensors": experts["tensors"],
                 "size": format_bytes(experts["bytes"]),
-            },
+            }.items(),
         )
-    _print_section("Capabilities", dict.fromkeys(shown["capabilities"], ""))
-    parameters = [line.split(None, 1) for line in (shown.get("parameters") or "").splitlines()]
-    _print_section("Parameters", {line[0]: " ".join(line[1:]) for line in parameters if line})
-    _print_section("System", dict.fromkeys((shown.get("system") or "").splitlines(), ""))
-    first_lines = (shown.get("license") or "").splitlines()[:2]
-    _print_section("License", dict.fromkeys(first_lines, ""))
+    _print_section("Capabilities", [(name, "") for name in shown["capabilities"]])
+    lines = (shown.get("parameters") or "").splitlines()
+    _print_section("Parameters", [(name, " ".join(rest)) for name, *rest in map(_words, lines)])
+    settings = shown.get("settings") or {}
+    _print_section("Settings", [(k, v) for k, v in settings.items() if k != "aliases"])
+    _print_section("Aliases", [(alias, "") for alias in shown.get("aliases") or ()])
+    _print_section("System", [(line, "") for line in (shown.get("system") or "").splitlines()])
+    license_lines = (shown.get("license") or "").splitlines()[:2]
+    _print_section("License", [(line, "") for line in license_lines])
 
 
-def _print_section(title: str, values: dict[str, Any]) -> None:
-    rows = {key: value for key, value in values.items() if value is not None}
-    if not rows:
+def _words(line: str) -> list[str]:
+    return line.split(None, 1)
+
+
+def _print_section(title: str, rows: Iterable[tuple[str, Any]]) -> None:
+    shown = [(key, value) for key, value in rows if value is not None]
+    if not shown:
         return
-    width = max(len(key) for key in rows)
+    # Texts of several lines stand alone: only keys with a value are made equally wide.
+    width = max((len(key) for key, value in shown if value != ""), default=0)
     click.echo(f"  {title}")
-    for key, value in rows.items():
+    for key, value in shown:
         click.echo(f"    {key:<{width}}    {value}".rstrip())
     click.echo()
