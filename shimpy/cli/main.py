@@ -13,6 +13,8 @@ from shimpy.cli.errors import run_and_exit
 COMMANDS = {
     "serve": ("shimpy.cli.serve", "Run the daemon."),
     "run": ("shimpy.cli.run", "Run a model: a prompt, standard input, or a chat."),
+    "pull": ("shimpy.cli.pull", "Pull a model, once it is known how it will run here."),
+    "catalog": ("shimpy.cli.catalog", "List the models that can be pulled by a short name."),
     "list": ("shimpy.cli.list_models", "List the models on this machine."),
     "show": ("shimpy.cli.show", "Show what a model is and can do."),
     "ps": ("shimpy.cli.ps", "Show the loaded models and where they are placed."),

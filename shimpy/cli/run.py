@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from shimpy.client import Client
 
 
 @click.command(name="run")
@@ -30,10 +35,11 @@ def command(
     keepalive: str | None,
     **flags: Any,
 ) -> None:
-    """Run MODEL on PROMPT, on standard input, or in a chat when there is neither."""
+    """Run MODEL on PROMPT, on standard input, or in a chat when there is neither.
+
+    A MODEL that is not on this machine is pulled first, if it is one that can be.
+    """
     from shimpy.cli.autostart import connect
-    from shimpy.cli.output import wait_for_first
-    from shimpy.cli.printer import print_answer
 
     request: dict[str, Any] = {"model": model, "options": parse_options(options)}
     if keepalive is not None:
@@ -47,13 +53,43 @@ def command(
         request["raw"] = True
     text = _prompt_text(prompt)
     with connect() as client:
-        if text is None:
-            from shimpy.cli.chat import Chat
+        run = _chat if text is None else partial(_answer, text=text, verbose=flags["verbose"])
+        _run_present(client, request, partial(run, hide_thinking=flags["hidethinking"]))
 
-            Chat(client, request, hide_thinking=flags["hidethinking"]).run()
-            return
-        chunks = wait_for_first(client.generate({**request, "prompt": text}), f"asking {model}")
-        print_answer(chunks, hide_thinking=flags["hidethinking"], verbose=flags["verbose"])
+
+def _run_present(
+    client: Client, request: dict[str, Any], run: Callable[[Client, dict[str, Any]], None]
+) -> None:
+    """Run a request's model; pull it first when it is not there."""
+    from shimpy.cli.pull import pull_missing, show_pull
+    from shimpy.errors import NotFoundError
+    from shimpy.registry.reference import is_name
+
+    if not is_name(request["model"]):
+        request["model"] = show_pull(client.pull(request["model"]))
+    try:
+        run(client, request)
+    except NotFoundError as error:
+        # It is told before the first word of an answer.
+        request["model"] = pull_missing(client, request["model"], error)
+        run(client, request)
+
+
+def _answer(
+    client: Client, request: dict[str, Any], *, text: str, hide_thinking: bool, verbose: bool
+) -> None:
+    from shimpy.cli.output import wait_for_first
+    from shimpy.cli.printer import print_answer
+
+    answer = client.generate({**request, "prompt": text})
+    chunks = wait_for_first(answer, f"asking {request['model']}")
+    print_answer(chunks, hide_thinking=hide_thinking, verbose=verbose)
+
+
+def _chat(client: Client, request: dict[str, Any], *, hide_thinking: bool) -> None:
+    from shimpy.cli.chat import Chat
+
+    Chat(client, dict(request), hide_thinking=hide_thinking).run()
 
 
 def parse_options(pairs: tuple[str, ...] | list[str]) -> dict[str, Any]:

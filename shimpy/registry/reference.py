@@ -132,9 +132,13 @@ def parse_reference(text: str) -> Reference:
     return CatalogReference(name=parse_model_name(wanted))
 
 
-def is_explicit(reference: Reference) -> bool:
-    """Whether a reference can mean nothing but something to be pulled."""
-    return not isinstance(reference, CatalogReference)
+def is_name(text: str) -> bool:
+    """Whether a text is what a model may be called once it is there, not only its place."""
+    try:
+        parse_model_name(text)
+    except InvalidNameError:
+        return False
+    return not text.lower().endswith(_SUFFIX)
 
 
 def _parse_url(text: str) -> Reference:
