@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from shimpy.errors import InvalidOptionError, RegistryError
+from shimpy.errors import InvalidNameError, InvalidOptionError, RegistryError
 from shimpy.names import DEFAULT_TAG, ModelName
 from shimpy.registry.settings import NO_SETTINGS, ModelSettings
 
@@ -17,6 +17,8 @@ MANIFEST_VERSION: Final = 1
 FileRole = Literal["model", "projector"]
 OriginKind = Literal["huggingface", "ollama", "url", "file", "model"]
 
+# File systems' limit on a name, in bytes; names are ASCII.
+_MAX_FILE_NAME: Final = 255 - len(".json")
 _DIGEST: Final = re.compile(r"sha256[:-](?P<hex>[0-9a-fA-F]{64})")
 
 
@@ -114,3 +116,24 @@ def decode_manifest(data: bytes, path: Path) -> Manifest:
     if not any(file.role == "model" for file in manifest.files):
         raise RegistryError(f"{path}: the manifest names no model file")
     return manifest
+
+
+def file_of(folder: Path, name: ModelName) -> Path:
+    """Return the file about a model in a folder of such files: <name>/<tag>.json.
+
+    Raises:
+        InvalidNameError: the name is too long for a file system.
+    """
+    quoted = name.name.replace("/", "%")
+    for part in (quoted, name.tag):
+        if len(part) > _MAX_FILE_NAME:
+            raise InvalidNameError(
+                f'the name "{part[:40]}..." has {len(part)} characters; to be stored it may have '
+                f"{_MAX_FILE_NAME}"
+            )
+    return folder / quoted / f"{name.tag}.json"
+
+
+def name_of_file(path: Path) -> ModelName:
+    """Return the model that a file is about: the inverse of `file_of`."""
+    return ModelName(path.parent.name.replace("%", "/"), path.name.removesuffix(".json"))

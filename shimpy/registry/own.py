@@ -7,8 +7,8 @@ from typing import Final
 
 from shimpy.names import ModelName
 from shimpy.registry.discovery import STORE, FoundFile, FoundModel, Scan, found_file
-from shimpy.registry.manifest import Manifest, ManifestFile
-from shimpy.registry.store import Store, name_of_file
+from shimpy.registry.manifest import Manifest, ManifestFile, name_of_file
+from shimpy.registry.store import Store
 
 BUILT_IN: Final = "built-in"
 DEMO: Final = ModelName("demo")

@@ -21,7 +21,6 @@ To install a model:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import threading
 import time
@@ -37,11 +36,9 @@ import msgspec
 
 from shimpy.errors import (
     DiskFullError,
-    InvalidNameError,
     NotFoundError,
     RegistryError,
     ShimpyError,
-    StoreLockedError,
 )
 from shimpy.names import ModelName
 from shimpy.registry import disk
@@ -51,7 +48,10 @@ from shimpy.registry.manifest import (
     ManifestFile,
     decode_manifest,
     encode_manifest,
+    file_of,
+    name_of_file,
 )
+from shimpy.registry.ownership import take_lock
 from shimpy.registry.settings import NO_SETTINGS, ModelSettings
 
 # What nothing refers to is left alone for so long: an upload that a create is to follow, a pull
@@ -59,8 +59,6 @@ from shimpy.registry.settings import NO_SETTINGS, ModelSettings
 YOUNG_S: Final = 3600.0
 # And for so long when nobody asked to collect: the next start may go on with it.
 LEFTOVER_S: Final = 7 * 24 * 3600.0
-# File systems' limit on a name, in bytes; names are ASCII.
-_MAX_FILE_NAME: Final = 255 - len(".json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +113,7 @@ class Store:
         self._settings: Mapping[ModelName, ModelSettings] = MappingProxyType({})
         # Manifests that can't be read, and why; what they refer to is not known.
         self._damaged: dict[Path, str] = {}
-        self._lock_file = _take_lock(root)
+        self._lock_file = take_lock(root / "lock", owned=f"the store {root}")
         try:
             self._load()
         except BaseException:
@@ -154,7 +152,7 @@ class Store:
 
     def is_damaged(self, name: ModelName) -> bool:
         """Whether the store has a manifest of that name which can't be read."""
-        return _file_of(self.manifest_folder, name) in self._damaged
+        return file_of(self.manifest_folder, name) in self._damaged
 
     def path_of(self, file: ManifestFile) -> Path:
         """Return where a manifest's file lies."""
@@ -162,7 +160,7 @@ class Store:
 
     def path_of_manifest(self, manifest: Manifest) -> Path:
         """Return where a manifest lies."""
-        return _file_of(self.manifest_folder, manifest.model_name)
+        return file_of(self.manifest_folder, manifest.model_name)
 
     def put_manifest(self, manifest: Manifest) -> None:
         """Install a model, or put another in its place; its blobs are there already.
@@ -177,7 +175,7 @@ class Store:
         for file in manifest.files:
             self._check_file(file)
         with self._changing():
-            path = _file_of(self.manifest_folder, name)
+            path = file_of(self.manifest_folder, name)
             disk.write_file(
                 path, encode_manifest(manifest), hook=lambda step: self._hook(f"manifest: {step}")
             )
@@ -216,7 +214,7 @@ class Store:
         """
         with self._changing():
             manifest = self._manifests.get(name)
-            path = _file_of(self.manifest_folder, name)
+            path = file_of(self.manifest_folder, name)
             if manifest is None and path not in self._damaged:
                 raise NotFoundError(f"model '{name}' not found")
             # First, so that they never outlive the model and meet another of its name.
@@ -240,7 +238,7 @@ class Store:
             DiskFullError: there is no room; the old settings are still there.
         """
         with self._changing():
-            path = _file_of(self._settings_folder, name)
+            path = file_of(self._settings_folder, name)
             if settings.is_empty:
                 if name in self._settings or path in self._damaged:
                     disk.remove_file(path, hook=lambda step: self._hook(f"settings: {step}"))
@@ -400,29 +398,6 @@ class Store:
         return freed
 
 
-def _take_lock(root: Path) -> int:
-    """Return the descriptor of the lock file, locked; closing it, or dying, unlocks it."""
-    path = root / "lock"
-    with disk.explained(path):
-        disk.make_folder(root)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        except BlockingIOError:
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise StoreLockedError(
-                f"the store {root} belongs to another running daemon (process {owner}); stop that "
-                "one, or give this one a folder of its own with SHIMPY_HOME or data_dir"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-    return descriptor
-
-
 def _decode_settings(data: bytes, path: Path) -> ModelSettings:
     try:
         return msgspec.json.decode(data, type=ModelSettings)
@@ -430,25 +405,9 @@ def _decode_settings(data: bytes, path: Path) -> ModelSettings:
         raise RegistryError(f"{path}: the settings can't be read: {error}") from error
 
 
-def _file_of(folder: Path, name: ModelName) -> Path:
-    quoted = name.name.replace("/", "%")
-    for part in (quoted, name.tag):
-        if len(part) > _MAX_FILE_NAME:
-            raise InvalidNameError(
-                f'the name "{part[:40]}..." has {len(part)} characters; to be stored it may have '
-                f"{_MAX_FILE_NAME}"
-            )
-    return folder / quoted / f"{name.tag}.json"
-
-
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def name_of_file(path: Path) -> ModelName:
-    """Return the name that a manifest or settings file is about."""
-    return ModelName(path.parent.name.replace("%", "/"), path.name.removesuffix(".json"))
 
 
 def _less(mapping: Mapping[ModelName, T], name: ModelName) -> Mapping[ModelName, T]:
