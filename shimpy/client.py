@@ -10,12 +10,14 @@ The wire is Ollama's: dictionaries as docs/api.md describes them.
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
+from shimpy.config import UNIX, client_key
 from shimpy.errors import DaemonError, NotFoundError, UnreachableError
 
 # A model may take minutes to load before the first byte; connecting to a daemon does not.
@@ -25,12 +27,24 @@ _HTTP_NOT_FOUND = 404
 
 
 class Client:
-    """A connection to the daemon at `url`; not thread-safe."""
+    """A connection to the daemon at `url` (http, https, or unix:/path); not thread-safe."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, key: str | None = None) -> None:
+        """`key` is an API key; None: that of SHIMPY_API_KEY, if there is one."""
         self.url = url
-        # No proxy: the daemon is on this machine or named on purpose.
-        self._http = httpx.Client(base_url=url, timeout=_TIMEOUT, trust_env=False)
+        key = client_key() if key is None else key
+        path = url.removeprefix(UNIX) if url.startswith(UNIX) else None
+        self._http = httpx.Client(
+            # The name is sent as the Host and leads nowhere.
+            base_url=url if path is None else "http://localhost",
+            timeout=_TIMEOUT,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+            # No proxy: the daemon is on this machine or named on purpose.
+            trust_env=False,
+            # The system's own authorities, and what SSL_CERT_FILE names.
+            verify=ssl.create_default_context() if url.startswith("https:") else True,
+            transport=None if path is None else httpx.HTTPTransport(uds=path),
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,8 @@ DEFAULT_PORT = 11435
 DEFAULT_BIND = f"127.0.0.1:{DEFAULT_PORT}"
 SYSTEM_CONFIG = Path("/etc/shimpy/config.toml")
 APP = "shimpy"
+UNIX = "unix:"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json"]
@@ -64,6 +67,13 @@ def _parse_choice(*choices: str) -> Parser:
         return text
 
     return parse
+
+
+def _parse_switch(value: Any) -> bool:
+    text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value).lower()
+    if text not in {"on", "true", "yes", "1", "off", "false", "no", "0"}:
+        raise InvalidOptionError(f"it must be on or off, not {value!r}")
+    return text in {"on", "true", "yes", "1"}
 
 
 def _parse_switch(value: Any) -> bool:
@@ -146,8 +156,29 @@ def _parse_folder(value: Any) -> Path:
     return Path(value).expanduser().absolute()
 
 
+def _parse_file(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise InvalidOptionError(f"it must be a file, not {value!r}")
+    return Path(value).expanduser().absolute()
+
+
+def _parse_origins(value: Any) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise InvalidOptionError(f"it must be a list of origins, not {value!r}")
+    origins = tuple(dict.fromkeys(item.strip().rstrip("/").lower() for item in items))
+    for origin in origins:
+        if origin and origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise InvalidOptionError(
+                f"an origin is written like https://chat.example or * for all, not {origin!r}"
+            )
+    return tuple(origin for origin in origins if origin)
+
+
 def parse_bind(value: Any) -> str:
-    """Return "host:port" as given, checked; ":8080" and "8080" mean the loopback address.
+    """Return "host:port" or "unix:/path" as given, checked.
+
+    ":8080" and "8080" mean the loopback address.
 
     Raises:
         InvalidOptionError: no port, or one that is none.
@@ -155,11 +186,15 @@ def parse_bind(value: Any) -> str:
     text = str(value).strip()
     if text.isdigit():
         text = f":{text}"
+    if text.startswith(UNIX):
+        if not text.removeprefix(UNIX):
+            raise InvalidOptionError("it must name a socket file, like unix:/run/shimpy.sock")
+        return UNIX + str(Path(text.removeprefix(UNIX)).expanduser().absolute())
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the highest port
         raise InvalidOptionError(
-            f"it must be an address and a port like {DEFAULT_BIND} or [::1]:{DEFAULT_PORT}, "
-            f"not {value!r}"
+            f"it must be an address and a port like {DEFAULT_BIND} or [::1]:{DEFAULT_PORT}, or "
+            f"unix:/path, not {value!r}"
         )
     return f"{host or '127.0.0.1'}:{port}"
 
@@ -169,7 +204,31 @@ class Config:
     """Every setting, each under the name that it has in the config file."""
 
     bind: str = _setting(
-        DEFAULT_BIND, parse_bind, "ADDRESS", "Address and port that the HTTP API listens on."
+        DEFAULT_BIND,
+        parse_bind,
+        "ADDRESS",
+        "Address and port, or unix:/path, that the HTTP API listens on.",
+    )
+    insecure: bool = _setting(
+        False,  # noqa: FBT003 - a default like the others
+        _parse_switch,
+        "[on|off]",
+        "Let other machines in without an API key.",
+    )
+    origins: tuple[str, ...] = _setting(
+        (),
+        _parse_origins,
+        "ORIGINS",
+        "Web pages that may use the API besides this machine's own: https://chat.example, or *.",
+    )
+    tls_cert: Path | None = _setting(
+        None, _parse_file, "FILE", "Certificate, with its chain, for HTTPS; with tls_key."
+    )
+    tls_key: Path | None = _setting(
+        None, _parse_file, "FILE", "The certificate's key, without a passphrase."
+    )
+    max_connections: int = _setting(
+        1024, _parse_int(1), "N", "Connections at once; one more is hung up on."
     )
     model_dirs: tuple[Path, ...] = _setting(
         (), split_paths, "DIR", "Folders of GGUF files, searched with their sub-folders."
@@ -310,8 +369,8 @@ def load_config(
 def client_url(environ: Mapping[str, str] | None = None) -> str:
     """Return the daemon's URL for client commands: SHIMPY_HOST, or the default address.
 
-    It takes host, host:port and scheme://host:port; an address that means "all interfaces"
-    is reached over loopback.
+    It takes host, host:port, scheme://host:port and unix:/path; an address that means "all
+    interfaces" is reached over loopback.
 
     Raises:
         InvalidOptionError: SHIMPY_HOST is no address.
@@ -319,6 +378,8 @@ def client_url(environ: Mapping[str, str] | None = None) -> str:
     text = (os.environ if environ is None else environ).get("SHIMPY_HOST", "").strip()
     if not text:
         return f"http://{DEFAULT_BIND}"
+    if text.startswith(UNIX):
+        return text
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
         port = parts.port
@@ -335,6 +396,11 @@ def client_url(environ: Mapping[str, str] | None = None) -> str:
     if "://" in text and parts.scheme == "http" and port is None:
         default = 80
     return f"{parts.scheme}://{shown}:{port or default}{parts.path.rstrip('/')}"
+
+
+def client_key(environ: Mapping[str, str] | None = None) -> str:
+    """Return the API key of client commands: SHIMPY_API_KEY; "": none."""
+    return (os.environ if environ is None else environ).get("SHIMPY_API_KEY", "").strip()
 
 
 def config_folder(environ: Mapping[str, str] | None = None) -> Path:
@@ -417,7 +483,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 # Names of the environment that are no settings: where things are, not how they behave.
-_OTHER_VARIABLES = {"SHIMPY_HOME", "SHIMPY_HOST", "SHIMPY_CONFIG"}
+_OTHER_VARIABLES = {"SHIMPY_HOME", "SHIMPY_HOST", "SHIMPY_CONFIG", "SHIMPY_API_KEY"}
 
 
 def _from_environ(env: Mapping[str, str]) -> dict[str, str]:

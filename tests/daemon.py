@@ -75,7 +75,7 @@ def running_daemon(
         )
         try:
             state = ready.recv(4096).decode()
-            url = re.search(r"http://\S+", state)
+            url = re.search(r"(?:https?://|unix:)\S+", state)
             assert "READY=1" in state, state
             assert url is not None, state
             yield Daemon(url[0], process, {**env, "SHIMPY_HOST": url[0]}, log)

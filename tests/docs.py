@@ -29,6 +29,9 @@ def cli_page() -> str:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
         parts += [f"## shimpy {name}", "", _help_of(command, f"shimpy {name}")]
+        if isinstance(command, click.Group):
+            for below, sub in sorted(command.commands.items()):
+                parts.append(_help_of(sub, f"shimpy {name} {below}"))
     return "\n".join(parts)
 
 
@@ -63,11 +66,12 @@ def config_page() -> str:
         "`1h30m`. The same names, upper case behind `SHIMPY_`, work in the environment, and with",
         "dashes as flags: `n_ctx` is `SHIMPY_N_CTX` and `--n-ctx`.",
         "",
-        "Three more variables say where things are:",
+        "Four more variables say where things are:",
         "",
         "| variable | what it does |",
         "|---|---|",
-        "| `SHIMPY_HOST` | where client commands find the daemon: `host`, `host:port` or a URL |",
+        "| `SHIMPY_HOST` | where client commands find the daemon: `host`, `host:port`, a URL, or `unix:/path` |",
+        "| `SHIMPY_API_KEY` | the key that client commands send |",
         "| `SHIMPY_HOME` | one folder for all state, in place of the platform's usual folders |",
         "| `SHIMPY_CONFIG` | the config file, like `--config` |",
         "",

@@ -2,7 +2,7 @@
 
 A request passes, from the outside in: `observe` (its id, its place in the count of running
 requests, its canonical log line), `answer_errors` (errors become the dialect's answers) and
-`admit` (not while stopping; Host and Origin; preflights).
+`admit` (not while stopping; Host and Origin; preflights; API keys).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from shimpy.server.errors import (
     is_anthropic,
     status_at,
 )
+from shimpy.server.gate import peer_uid
 from shimpy.server.guard import cors_headers
 from shimpy.server.native import catalog, operations, store
 from shimpy.server.native import routes as native
@@ -119,10 +120,14 @@ async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
     if services.lifecycle.is_stopping:
         raise StoppingError
     origin = request.headers.get(hdrs.ORIGIN)
-    services.guard.check(host=request.headers.get(hdrs.HOST), origin=origin)
+    # No web page reaches a Unix socket, and no name leads there.
+    if peer_uid(request) is None:
+        services.guard.check(host=request.headers.get(hdrs.HOST), origin=origin)
     if request.method == hdrs.METH_OPTIONS and origin is not None:
         wanted = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
         return web.Response(status=204, headers=cors_headers(origin, wanted))
+    key = services.gate.check(request)
+    record_of(request).key = None if key is None else key.id
     return await handler(request)
 
 

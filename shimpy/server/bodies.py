@@ -6,6 +6,7 @@ clients send. Everything else that does not fit is a 400 that names the field.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any, TypeVar
@@ -14,8 +15,11 @@ import msgspec
 from aiohttp import web
 
 from shimpy.errors import InvalidOptionError, UserError
-from shimpy.server.errors import BodyTooLargeError
+from shimpy.server.errors import BodyTimeoutError, BodyTooLargeError
 from shimpy.units import format_bytes
+
+# A client that sends nothing for this long holds its connection for nothing.
+READ_TIMEOUT_S = 60.0
 
 T = TypeVar("T")
 
@@ -41,18 +45,44 @@ async def read_body(request: web.Request, wanted: type[T]) -> T:
     Raises:
         UserError: no body, no JSON, or a field of a wrong type (the message names it).
         BodyTooLargeError: over the limit of `max_body`.
+        BodyTimeoutError: it has stopped coming.
+    """
+    return parse_body(await _read(request), wanted)
+
+
+async def _read(request: web.Request) -> bytearray:
+    """Return the body, decompressed; a declared length that is too large is not read at all."""
+    limit = request.client_max_size
+    declared = request.content_length or 0
+    body = bytearray()
+    while max(declared, len(body)) <= limit:
+        chunk = await read_chunk(request)
+        if not chunk:
+            return body
+        body += chunk
+    raise BodyTooLargeError(
+        f"the request's body is larger than {format_bytes(limit)}; raise max_body to allow more"
+    )
+
+
+async def read_chunk(request: web.Request) -> bytes:
+    """Return what has come of a body, at least one byte; b"" at its end.
+
+    Raises:
+        BodyTimeoutError: nothing came for READ_TIMEOUT_S.
     """
     try:
-        data = await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        limit = format_bytes(request.client_max_size)
-        raise BodyTooLargeError(
-            f"the request's body is larger than {limit}; raise max_body to allow more"
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            return await request.content.readany()
+    except TimeoutError:
+        raise BodyTimeoutError(
+            f"nothing came of the request's body for {READ_TIMEOUT_S:.0f} s"
         ) from None
-    return parse_body(data, wanted)
+    except web.RequestPayloadError as error:
+        raise UserError(f"the request's body is broken: {error}") from None
 
 
-def parse_body(data: bytes, wanted: type[T]) -> T:
+def parse_body(data: bytes | bytearray, wanted: type[T]) -> T:
     """Return JSON bytes as a `wanted` struct; errors as `read_body`."""
     if not data.strip():
         raise UserError("missing request body")
@@ -66,7 +96,7 @@ def parse_body(data: bytes, wanted: type[T]) -> T:
         return _parse_lenient(data, wanted, str(error))
 
 
-def _parse_lenient(data: bytes, wanted: type[T], reason: str) -> T:
+def _parse_lenient(data: bytes | bytearray, wanted: type[T], reason: str) -> T:
     """Read what JavaScript and Go take but msgspec does not: a lone surrogate, a BOM."""
     try:
         value = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)

@@ -11,15 +11,17 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
 from aiohttp import web
 
 from shimpy.config import Config, Tool, config_folder, tool_folders
-from shimpy.errors import RegistryError
+from shimpy.errors import RegistryError, UserError
+from shimpy.keys import KEYS_NAME, KeyFile
 from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.probe import probe_hardware
@@ -32,14 +34,22 @@ from shimpy.registry.tools import tool_sources
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.server.app import make_app
 from shimpy.server.cards import ModelCards
+from shimpy.server.connections import IDLE_TIMEOUT_S, Connections, allow_files
 from shimpy.server.freshness import FreshRegistry
+from shimpy.server.gate import Gate
 from shimpy.server.guard import Guard
-from shimpy.server.listening import open_sockets, split_bind, urls_of
+from shimpy.server.listening import exposed_host, open_bind, unix_paths, urls_of
 from shimpy.server.machine import Machine, report_hardware
 from shimpy.server.metrics import Metrics
 from shimpy.server.pulling import make_pulls
 from shimpy.server.services import Lifecycle, Services
-from shimpy.server.systemd import notify
+from shimpy.server.systemd import (
+    feed_watchdog,
+    inherited_sockets,
+    notify,
+    watchdog_period_s,
+)
+from shimpy.server.tls import make_tls
 
 # How long cancelled requests get to tell their clients.
 _FAREWELL_S = 2.0
@@ -52,7 +62,7 @@ async def serve(config: Config, *, announce: Callable[[str], None] | None = None
     """Run the daemon until SIGTERM or SIGINT; `announce` is called with its URL once it listens.
 
     Raises:
-        UserError: the address can't be listened on; says why.
+        UserError: the address can't be listened on, or not without a key; says why.
         StoreLockedError: another daemon owns the store.
     """
     await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
@@ -78,9 +88,18 @@ async def _serve(config: Config, store: Store, announce: Callable[[str], None] |
     catalog = await asyncio.to_thread(CatalogFile, config_folder() / CATALOG_NAME)
     fresh = FreshRegistry(make_registry(config, store, catalog, tool_folders()))
     machine = Machine(make_probe(config))
-    host, port = split_bind(config.bind)
-    sockets = await open_sockets(host, port)
+    tls = await asyncio.to_thread(make_tls, config.tls_cert, config.tls_key)
+    inherited = inherited_sockets()
+    sockets = inherited or await open_bind(config.bind)
+    # Those of a socket unit stay: systemd listens on them while there is no daemon.
+    leftovers = [] if inherited else unix_paths(sockets)
     try:
+        exposed = exposed_host(sockets)
+        gate = Gate(
+            keys=KeyFile(config.state_dir / KEYS_NAME),
+            is_exposed=exposed is not None and not config.insecure,
+        )
+        _check_exposure(gate, exposed, has_tls=tls is not None)
         async with Scheduler(config, machine.probe) as scheduler, asyncio.TaskGroup() as tasks:
             services = Services(
                 config=config,
@@ -99,7 +118,8 @@ async def _serve(config: Config, store: Store, announce: Callable[[str], None] |
                 scheduler=scheduler,
                 cards=ModelCards(),
                 machine=machine,
-                guard=Guard(host=host),
+                guard=Guard(host=exposed or "localhost", origins=config.origins),
+                gate=gate,
                 lifecycle=Lifecycle(),
                 metrics=Metrics(scheduler),
             )
@@ -108,12 +128,33 @@ async def _serve(config: Config, store: Store, announce: Callable[[str], None] |
                 tasks.create_task(services.metrics.follow(scheduler)),
                 tasks.create_task(_look_around(machine)),
             ]
-            await _run(services, sockets, announce)
+            await _run(services, sockets, tls, announce)
             for task in background:
                 task.cancel()
     finally:
         for sock in sockets:
             sock.close()
+        for path in leftovers:
+            path.unlink(missing_ok=True)
+
+
+def _check_exposure(gate: Gate, exposed: str | None, *, has_tls: bool) -> None:
+    """Refuse to let other machines in when there is no key that they could have.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if exposed is None:
+        return
+    if gate.is_exposed and not gate.keys.all():
+        raise UserError(
+            f"other machines reach {exposed}, and there is no API key: make one with `shimpy keys "
+            "create`, listen on 127.0.0.1, or let everybody in with --insecure"
+        )
+    if not gate.is_exposed:
+        _log.warning("open_to_everybody", host=exposed)
+    elif not has_tls:
+        _log.warning("keys_in_clear", host=exposed, remedy="tls_cert and tls_key, or a proxy")
 
 
 def make_registry(
@@ -178,7 +219,10 @@ def _signals() -> Iterator[StopSignals]:
 
 
 async def _run(
-    services: Services, sockets: Sequence[socket.socket], announce: Callable[[str], None] | None
+    services: Services,
+    sockets: Sequence[socket.socket],
+    tls: ssl.SSLContext | None,
+    announce: Callable[[str], None] | None,
 ) -> None:
     """Answer requests until a signal, then drain."""
     runner = web.AppRunner(
@@ -186,15 +230,18 @@ async def _run(
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=_FAREWELL_S,
+        keepalive_timeout=IDLE_TIMEOUT_S,
     )
+    limit = allow_files(services.config.max_connections)
     with _signals() as stop:
         await runner.setup()
         try:
-            for sock in sockets:
-                await web.SockSite(runner, sock).start()
-            _announce(urls_of(sockets), announce)
-            await stop.wait_asked()
-            await _drain(services, runner, stop)
+            connections = Connections(runner, limit=limit, tls=tls)
+            await connections.listen(sockets)
+            _announce(urls_of(sockets, scheme="https" if tls else "http"), announce)
+            async with _fed_watchdog():
+                await stop.wait_asked()
+                await _drain(services, connections, stop)
         finally:
             await runner.cleanup()
             await services.scheduler.drain(0.0)
@@ -207,14 +254,24 @@ def _announce(urls: Sequence[str], announce: Callable[[str], None] | None) -> No
     notify(f"READY=1\nSTATUS=listening on {urls[0]}")
 
 
-async def _drain(services: Services, runner: web.AppRunner, stop: StopSignals) -> None:
+@asynccontextmanager
+async def _fed_watchdog() -> AsyncIterator[None]:
+    """Feed systemd's watchdog, where there is one, as long as the block runs."""
+    async with asyncio.TaskGroup() as tasks:
+        period_s = watchdog_period_s()
+        feeder = None if period_s is None else tasks.create_task(feed_watchdog(period_s))
+        yield
+        if feeder is not None:
+            feeder.cancel()
+
+
+async def _drain(services: Services, connections: Connections, stop: StopSignals) -> None:
     """Take nothing new, let running requests end, then cancel what is left of them."""
     lifecycle, timeout_s = services.lifecycle, services.config.drain_timeout
     notify("STOPPING=1")
     _log.info("draining", n_running=lifecycle.n_running, timeout_s=timeout_s)
     lifecycle.is_stopping = True
-    for site in runner.sites:
-        await site.stop()
+    connections.stop_listening()
     # They are kept as far as they are; waiting for gigabytes to come is no use.
     await services.pulls.close()
     async with asyncio.TaskGroup() as tasks:

@@ -1,6 +1,7 @@
 """Errors as HTTP: the status of each, and the body that each dialect's clients expect.
 
     InvalidName, InvalidOption, ContextExceeded, Unsupported, other UserErrors   400
+    Unauthorized                                                                 401
     Forbidden                                                                    403
     NotFound                                                                     404
     BodyTooLarge                                                                 413
@@ -61,10 +62,22 @@ _LLAMACPP_PATHS = frozenset(
 )
 
 
+class UnauthorizedError(UserError):
+    """The request needs an API key, and has none that is known."""
+
+    code = "unauthorized"
+
+
 class ForbiddenError(UserError):
-    """The request comes from a place that may not ask (a foreign Host or Origin)."""
+    """The request may not be made: a foreign Host or Origin, or a key for other things."""
 
     code = "forbidden"
+
+
+class BodyTimeoutError(UserError):
+    """The request's body has stopped coming."""
+
+    code = "body_timeout"
 
 
 class BodyTooLargeError(UserError):
@@ -83,7 +96,9 @@ class InternalError(ShimpyError):
 
 
 _STATUS: dict[type[ShimpyError], int] = {
+    UnauthorizedError: 401,
     ForbiddenError: 403,
+    BodyTimeoutError: 408,
     BodyTooLargeError: 413,
     UserError: 400,
     NotFoundError: 404,
@@ -111,6 +126,8 @@ def headers_of(error: ShimpyError) -> dict[str, str]:
     """Return the headers that an error's answer carries."""
     if isinstance(error, QueueFullError | HeldBackError | StoppingError):
         return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    if isinstance(error, UnauthorizedError):
+        return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, DoesNotFitError | LoadError):
         # OpenAI's and Anthropic's SDKs would ask again at any 5xx, and load again.
         return {"X-Should-Retry": "false"}
@@ -145,7 +162,8 @@ def ollama_error(error: ShimpyError) -> dict[str, Any]:
 def openai_error(error: ShimpyError) -> dict[str, Any]:
     """Return OpenAI's error object; `code` is "context_length_exceeded" where theirs is."""
     status = status_of(error)
-    kind = {404: "not_found_error", 403: "permission_error"}.get(
+    known = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+    kind = known.get(
         status,
         "invalid_request_error" if status < 500 else "server_error",  # noqa: PLR2004
     )
@@ -159,8 +177,10 @@ def llamacpp_error(error: ShimpyError) -> dict[str, Any]:
     status = status_of(error)
     kinds = {
         400: "invalid_request_error",
+        401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
+        408: "invalid_request_error",
         413: "invalid_request_error",
         422: "invalid_request_error",
         503: "unavailable_error",
@@ -182,8 +202,10 @@ def anthropic_error(error: ShimpyError) -> dict[str, Any]:
     """Return Anthropic's error object."""
     kinds = {
         400: "invalid_request_error",
+        401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
+        408: "invalid_request_error",
         413: "request_too_large",
         422: "invalid_request_error",
         503: "overloaded_error",

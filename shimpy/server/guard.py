@@ -25,6 +25,8 @@ class Guard:
     """The rule for one bind address; `host` is the address that the daemon listens on."""
 
     host: str
+    # Of the `origins` setting: pages elsewhere that may use the daemon; "*": all.
+    origins: tuple[str, ...] = ()
 
     def check(self, *, host: str | None, origin: str | None) -> None:
         """Let a request pass by its Host and Origin headers.
@@ -34,17 +36,19 @@ class Guard:
         """
         if _is_loopback(self.host) and host and not self._is_own(_hostname(host)):
             raise ForbiddenError(
-                f"the Host {host!r} is not this machine; reach the daemon as localhost, or bind "
-                "it to an address of the network"
+                f"the Host {host!r} is not this machine; reach the daemon as localhost, bind it to "
+                f"an address of the network, or name a proxy's own in --origins"
             )
         if origin is not None and not self.allows_origin(origin):
-            raise ForbiddenError(f"requests from the Origin {origin!r} are not let in")
+            raise ForbiddenError(f"requests from the Origin {origin!r} are not let in (--origins)")
 
     def allows_origin(self, origin: str) -> bool:
         """Whether a page or application of this Origin may use the daemon."""
         scheme, separator, netloc = origin.partition("://")
         if not separator:
             return False
+        if "*" in self.origins or origin.lower() in self.origins:
+            return True
         if scheme.lower() in APP_SCHEMES:
             return True
         return scheme.lower() in {"http", "https"} and self._is_own(_hostname(netloc))
@@ -52,6 +56,9 @@ class Guard:
     def _is_own(self, name: str) -> bool:
         if not name:
             return False
+        if any(name == _hostname(origin.partition("://")[2]) for origin in self.origins):
+            # A page of a proxy before the daemon, which passes its own name on.
+            return True
         # 0.0.0.0 reaches this machine and no other.
         return _is_loopback(name) or name in {self.host.lower(), "0.0.0.0", "::"}  # noqa: S104
 

@@ -32,6 +32,8 @@ class Record:
 
     request_id: str
     model: str | None = None
+    # The id of the API key that it came with; never the key itself.
+    key: str | None = None
     status: int | None = None
     # Why it ended: "stop", "length", "client_gone", "stopping"; an error's code.
     outcome: str | None = None

@@ -15,6 +15,7 @@ from shimpy.registry.store import Store
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.server.cards import ModelCards
 from shimpy.server.freshness import FreshRegistry
+from shimpy.server.gate import Gate
 from shimpy.server.guard import Guard
 from shimpy.server.machine import Machine
 from shimpy.server.metrics import Metrics
@@ -61,9 +62,12 @@ class Lifecycle:
         return len(self._running)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Services:
-    """Everything that a handler may need; all of it belongs to the event loop's thread."""
+    """Everything that a handler may need; all of it belongs to the event loop's thread.
+
+    A reload puts new frozen values (the config, the guard) in place of the old ones.
+    """
 
     config: Config
     registry: FreshRegistry
@@ -74,6 +78,7 @@ class Services:
     cards: ModelCards
     machine: Machine
     guard: Guard
+    gate: Gate
     lifecycle: Lifecycle
     metrics: Metrics
     responses: ResponseStore = field(default_factory=ResponseStore)

@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 
 from shimpy.config import Config
+from shimpy.keys import KeyFile
 from shimpy.placement.hardware import Hardware, Host
 from shimpy.registry.catalog import CatalogFile
 from shimpy.registry.fetch import Retries
@@ -24,6 +25,7 @@ from shimpy.scheduler.scheduler import ENGINE_ARGV, Scheduler
 from shimpy.server.app import make_app
 from shimpy.server.cards import ModelCards
 from shimpy.server.freshness import FreshRegistry
+from shimpy.server.gate import Gate
 from shimpy.server.guard import Guard
 from shimpy.server.machine import Machine
 from shimpy.server.metrics import Metrics
@@ -106,6 +108,7 @@ async def running_app(
             cards=ModelCards(),
             machine=machine,
             guard=Guard(host="127.0.0.1"),
+            gate=Gate(keys=KeyFile(state / "keys.json")),
             lifecycle=Lifecycle(),
             metrics=Metrics(scheduler),
         )
