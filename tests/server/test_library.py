@@ -39,7 +39,7 @@ async def _upload(app: Running, data: bytes) -> str:
 
 
 async def _create_stored(app: Running, chain_model: Path, name: str = "mine", **more: Any) -> str:
-    digest = await _upload(app, chain_model.read_bytes())
+    digest = await _upload(app, await asyncio.to_thread(chain_model.read_bytes))
     body = {"model": name, "files": {"chain-Q8_0.gguf": digest}, **more}
     lines = await app.lines("/api/create", body)
     assert lines[-1] == {"status": "success"}
@@ -101,13 +101,35 @@ async def test_an_upload_that_breaks_off_leaves_nothing(app: Running) -> None:
     assert (await app.client.post(f"/api/blobs/{digest}", content=b"whole")).status_code == 201
 
 
+async def test_an_upload_that_the_disk_can_not_hold_is_refused(
+    app: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first byte where its length is known; else as soon as it is too much."""
+    usage = shutil.disk_usage(app.services.store.root)
+    room = 64 * 1024 * 1024 + 100
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=room))
+    data = b"x" * 200
+    digest = _digest(data)
+    response = await app.client.post(f"/api/blobs/{digest}", content=data)
+    assert response.status_code == 507
+    assert "200 B" in response.json()["error"]
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield data
+
+    response = await app.client.post(f"/api/blobs/{digest}", content=chunks())
+    assert response.status_code == 507
+    assert list(app.services.store.blobs.folder.iterdir()) == []
+    assert (await app.client.post(f"/api/blobs/{_digest(b'y')}", content=b"y")).status_code == 201
+
+
 # --- create ----------------------------------------------------------------------------------
 
 
 async def test_a_model_is_made_of_an_uploaded_file_and_runs(
     app: Running, chain_model: Path
 ) -> None:
-    digest = await _upload(app, chain_model.read_bytes())
+    digest = await _upload(app, await asyncio.to_thread(chain_model.read_bytes))
     lines = await app.lines(
         "/api/create", {"model": "Mine:V1", "files": {"chain.gguf": digest}, "system": "Be brief."}
     )
@@ -400,8 +422,9 @@ async def test_gc_removes_what_nothing_needs(app: Running, chain_model: Path) ->
 
 async def test_verify_finds_a_damaged_file(app: Running, chain_model: Path) -> None:
     digest = await _create_stored(app, chain_model)
+    size = (await asyncio.to_thread(chain_model.stat)).st_size
     lines = await app.lines("/api/verify", {})
-    assert lines[0]["completed"] == lines[0]["total"] == chain_model.stat().st_size
+    assert lines[0]["completed"] == lines[0]["total"] == size
     assert [line["status"] for line in lines[1:]] == ["verified", "success"]
     path = app.services.store.blobs.path(digest)
     data = bytearray(await asyncio.to_thread(path.read_bytes))

@@ -110,10 +110,11 @@ async def post_blob(request: web.Request) -> web.Response:
     digest = parse_digest(request.match_info["digest"])
     if await asyncio.to_thread(blobs.__contains__, digest):
         return web.Response(status=200)
-    await asyncio.to_thread(_check_room, services_of(request).store, request.content_length)
+    store = services_of(request).store
+    await asyncio.to_thread(_check_room, store, request.content_length or 0)
     writer = await asyncio.to_thread(blobs.begin, digest, resume=False)
     try:
-        await _receive(request, writer)
+        await _receive(request, store, writer)
         await asyncio.to_thread(writer.commit)
     finally:
         await asyncio.to_thread(writer.close)
@@ -210,17 +211,18 @@ async def _status_lines(statuses: AsyncGenerator[str, None]) -> AsyncGenerator[b
             yield ndjson_line({"status": status})
 
 
-def _check_room(store: Store, n_bytes: int | None) -> None:
-    """Refuse an upload that the disk can't hold; one of unknown length may try."""
+def _check_room(store: Store, n_bytes: int) -> None:
+    """Refuse so many bytes more where the disk can't hold them, and leave some for others."""
     free = shutil.disk_usage(store.root).free
-    if n_bytes is not None and n_bytes + _HEADROOM > free:
+    if n_bytes + _HEADROOM > free:
         raise DiskFullError(
-            f"the upload has {format_bytes(n_bytes)}, and {store.root} has "
-            f"{format_bytes(free)} free; `shimpy rm` and `shimpy gc` make room"
+            f"the upload needs {format_bytes(n_bytes)}, and {store.root} has {format_bytes(free)} "
+            f"free, of which {format_bytes(_HEADROOM)} stay free; `shimpy rm` and `shimpy gc` "
+            "make room"
         )
 
 
-async def _receive(request: web.Request, writer: BlobWriter) -> None:
+async def _receive(request: web.Request, store: Store, writer: BlobWriter) -> None:
     """Write a body to disk as it comes."""
     pending = bytearray()
     while True:
@@ -231,10 +233,16 @@ async def _receive(request: web.Request, writer: BlobWriter) -> None:
             raise UserError(f"the upload stalled for {_READ_TIMEOUT_S:.0f} s") from error
         pending += data
         if len(pending) >= _CHUNK or not data:
-            await asyncio.to_thread(writer.write, bytes(pending))
+            await asyncio.to_thread(_write, store, writer, bytes(pending))
             pending.clear()
         if not data:
             return
+
+
+def _write(store: Store, writer: BlobWriter, data: bytes) -> None:
+    # A body of unknown length must not fill the disk to the brim.
+    _check_room(store, len(data))
+    writer.write(data)
 
 
 ROUTES = [
