@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from shimpy.errors import InvalidOptionError
+from shimpy.errors import InvalidNameError, InvalidOptionError
+from shimpy.names import parse_model_name
 from shimpy.units import MIB, parse_bytes, parse_duration
 
 DEFAULT_PORT = 11435
@@ -67,13 +68,6 @@ def _parse_choice(*choices: str) -> Parser:
         return text
 
     return parse
-
-
-def _parse_switch(value: Any) -> bool:
-    text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value).lower()
-    if text not in {"on", "true", "yes", "1", "off", "false", "no", "0"}:
-        raise InvalidOptionError(f"it must be on or off, not {value!r}")
-    return text in {"on", "true", "yes", "1"}
 
 
 def _parse_switch(value: Any) -> bool:
@@ -148,6 +142,15 @@ def _parse_stores(value: Any) -> tuple[Tool, ...]:
             f"it must be all, none or some of {', '.join(TOOLS)}, not {', '.join(sorted(names))!r}"
         )
     return TOOLS if "all" in names else tuple(tool for tool in TOOLS if tool in names)
+
+
+def _parse_model(value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidOptionError(f"it must be the name of a model, not {value!r}")
+    try:
+        return str(parse_model_name(value)) if value.strip() else ""
+    except InvalidNameError as error:
+        raise InvalidOptionError(str(error)) from None
 
 
 def _parse_folder(value: Any) -> Path:
@@ -238,6 +241,12 @@ class Config:
         _parse_stores,
         "TOOLS",
         "Other tools whose models are used where they lie: all, none, or some of them.",
+    )
+    default_model: str = _setting(
+        "",
+        _parse_model,
+        "MODEL",
+        "Model of requests that name none, unless only one is loaded (llama.cpp's own clients).",
     )
     offline: bool = _setting(
         False,  # noqa: FBT003 - a default, not an argument

@@ -26,6 +26,8 @@ from shimpy.server.errors import (
 )
 from shimpy.server.gate import peer_uid
 from shimpy.server.guard import cors_headers
+from shimpy.server.llamacpp import reports, texts
+from shimpy.server.llamacpp import routes as llamacpp
 from shimpy.server.native import catalog, operations, store
 from shimpy.server.native import routes as native
 from shimpy.server.ollama import library, pull
@@ -61,6 +63,9 @@ def all_routes() -> list[web.RouteDef]:
         *pull.ROUTES,
         *openai.ROUTES,
         *anthropic.ROUTES,
+        *llamacpp.ROUTES,
+        *texts.ROUTES,
+        *reports.ROUTES,
         *native.ROUTES,
         *catalog.ROUTES,
         *store.ROUTES,

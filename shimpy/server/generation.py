@@ -17,12 +17,14 @@ from contextlib import aclosing, asynccontextmanager
 from datetime import datetime
 from typing import assert_never
 
+import msgspec
+
 from shimpy.chat import events as chat
 from shimpy.chat.events import OutputEvent
 from shimpy.chat.messages import ToolCall
 from shimpy.errors import NotFoundError, StoppingError
 from shimpy.placement.placement import PlanOptions
-from shimpy.protocol.messages import Delta, Done, Prefilled, TokenLogprob
+from shimpy.protocol.messages import Delta, Done, Prefilled, Submit, Text, TokenLogprob
 from shimpy.registry.model import Model
 from shimpy.scheduler.lease import Lease
 from shimpy.server.events import (
@@ -75,7 +77,8 @@ async def generate_on(
     """Yield the events of one answer under a lease; errors as `Lease.generate`."""
     answer = _Answer(prepared)
     last_s: float | None = None
-    async with aclosing(lease.generate(prepared.submit)) as mails:
+    submit = await fit_context(lease, prepared)
+    async with aclosing(lease.generate(submit)) as mails:
         async for mail in mails:
             match mail:
                 case Prefilled():
@@ -100,6 +103,37 @@ async def generate_on(
                     assert_never(mail)
 
 
+async def fit_context(lease: Lease, prepared: Prepared) -> Submit:
+    """Return what the worker is told, with a prompt that may be cut, cut to the context.
+
+    A quarter of the context stays for the answer unless it asks for less. Errors as for
+    `Lease.tokenize`.
+    """
+    submit, shortened = prepared.submit, prepared.shortened
+    if shortened is None:
+        return submit
+    n_ctx = lease.ready.n_ctx
+    n_answer = n_ctx // 4 if submit.n_predict < 0 else min(submit.n_predict + 1, n_ctx // 4)
+    room = n_ctx - n_answer
+    n_chars = sum(len(part.text) for part in submit.prompt if isinstance(part, Text))
+    # No token is less than a byte.
+    while n_chars and _n_bytes(submit) > room:
+        counted = await lease.tokenize(prompt=submit.prompt, add_special=submit.add_bos)
+        n_tokens = len(counted.ids)
+        if n_tokens <= room:
+            break
+        # A little less than it should take, so that twice is mostly enough.
+        n_chars = min(n_chars - 1, int(n_chars * room / n_tokens * 0.97))
+        submit = msgspec.structs.replace(submit, prompt=shortened(n_chars))
+    return submit
+
+
+def _n_bytes(submit: Submit) -> int:
+    """Return the bytes of a prompt's text, with one for the start and each other part."""
+    sizes = (len(part.text.encode()) if isinstance(part, Text) else 1 for part in submit.prompt)
+    return 1 + sum(sizes)
+
+
 class _Answer:
     """Turns the worker's text into events; logprobs go with the first text after them."""
 
@@ -108,6 +142,8 @@ class _Answer:
         self._one_call = prepared.one_call
         self._logprobs: list[TokenLogprob] = []
         self._n_calls = 0
+        # Tokens since the last content.
+        self._n_new = 0
         # Tokens whose text the parser has held back so far.
         self._n_held = 0
         self.n_thinking = 0
@@ -120,6 +156,7 @@ class _Answer:
             parsed = self._parser.push(delta.text)
         else:
             parsed = [chat.ContentDelta(delta.text)] if delta.text or delta.logprobs else []
+        self._n_new += delta.n_tokens
         self._n_held += delta.n_tokens
         return self._events(parsed)
 
@@ -139,7 +176,8 @@ class _Answer:
     def _event(self, parsed: OutputEvent) -> Event | None:
         match parsed:
             case chat.ContentDelta(text=text):
-                return ContentDelta(text=text, logprobs=self._take_logprobs())
+                n_tokens, self._n_new = self._n_new, 0
+                return ContentDelta(text=text, logprobs=self._take_logprobs(), n_tokens=n_tokens)
             case chat.ThinkingDelta(text=text):
                 return ThinkingDelta(text=text, logprobs=self._take_logprobs())
             case ToolCall():
