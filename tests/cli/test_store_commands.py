@@ -71,6 +71,14 @@ def test_a_model_is_created_run_verified_copied_and_removed(
     assert "chain:latest" in names
 
 
+def test_the_demo_is_there_and_stays(daemon: Daemon) -> None:
+    models = json.loads(daemon.shimpy("list", "demo", "--json").stdout)
+    assert [(m["name"], m["source"]) for m in models] == [("demo:latest", "built-in")]
+    done = daemon.shimpy("rm", "demo")
+    assert done.returncode == 1
+    assert "comes with shimpy" in done.stderr
+
+
 def test_a_file_that_the_daemon_knows_is_not_copied(daemon: Daemon, tmp_path: Path) -> None:
     (model,) = json.loads(daemon.shimpy("list", "chain", "--json").stdout)
     path = tmp_path / "Modelfile"
