@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from shimpy.errors import GgufError, NotFoundError
@@ -30,11 +31,18 @@ class Scanner(Protocol):
     def refresh(self) -> None:
         """Look at the folders again; blocking."""
 
+    def use_folders(self, folders: Sequence[Path]) -> None:
+        """Search other folders from the next scan on; blocking."""
+
     def models(self) -> tuple[Model, ...]:
         """Return the models as of the last scan."""
 
     def resolve(self, text: str) -> Model:
         """Return the model that a name means, as of the last scan."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What kept the last scan from seeing or naming all there is, in words."""
 
 
 class FreshRegistry:
@@ -46,6 +54,12 @@ class FreshRegistry:
         self._scan: asyncio.Future[None] | None = None
         self._started_s = -float("inf")
         self._took_s = 0.0
+        self._told: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What kept the last scan from seeing or naming all there is, in words."""
+        return self._registry.problems
 
     async def models(self) -> tuple[Model, ...]:
         """Return all models, the broken ones too, sorted by name."""
@@ -69,6 +83,11 @@ class FreshRegistry:
             return model
         await self.scan()
         return self._registry.resolve(text)
+
+    async def use_folders(self, folders: Sequence[Path]) -> None:
+        """Search other folders from now on."""
+        await asyncio.to_thread(self._registry.use_folders, folders)
+        await self.scan()
 
     async def watch(self) -> None:
         """Scan now and then, for ever, so that a vanished model does not linger unseen."""
@@ -108,6 +127,15 @@ class FreshRegistry:
         if not scan.cancelled():
             # Seen here, so that a scan whose callers have all gone does not warn.
             scan.exception()
+        self._tell_problems()
+
+    def _tell_problems(self) -> None:
+        """Log what is new among the problems: scans are many, and they mostly stay."""
+        problems = self._registry.problems
+        for problem in problems:
+            if problem not in self._told:
+                _log.info("scan_problem", reason=problem)
+        self._told = problems
 
 
 def _is_current(model: Model) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from shimpy.errors import NotFoundError
 from shimpy.names import parse_model_name
 from shimpy.registry.model import Model
+from shimpy.server import freshness
 from shimpy.server.freshness import FreshRegistry
 
 
@@ -35,6 +36,7 @@ class FolderScanner:
     n_scans: int = 0
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     found: tuple[Model, ...] = ()
+    problems: tuple[str, ...] = ()
 
     def refresh(self) -> None:
         found = tuple(_model(path) for path in sorted(self.folder.iterdir()))
@@ -132,3 +134,17 @@ async def test_slow_scans_are_not_repeated_for_each_request(tmp_path: Path) -> N
     now_s += 5.0
     await registry.models()
     assert scanner.n_scans == 2
+
+
+async def test_a_problem_is_told_once_as_long_as_it_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(freshness._log, "info", lambda _event, reason: told.append(reason))
+    scanner = FolderScanner(tmp_path)
+    registry = FreshRegistry(scanner)
+    for problems in ((), ("a",), ("a", "b"), ("b",), ("a", "b")):
+        scanner.problems = problems
+        await registry.scan()
+        assert registry.problems == problems
+    assert told == ["a", "b", "a"]

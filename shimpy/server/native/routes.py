@@ -16,10 +16,14 @@ from shimpy.server.streaming import json_response
 
 
 async def models(request: web.Request) -> web.Response:
-    """GET /api/models: every model, a broken one with the reason why it can't be used."""
+    """GET /api/models: every model, a broken one with the reason why it can't be used.
+
+    `problems` are what keeps models from being seen, or from having the name of their file.
+    """
     registry = services_of(request).registry
     found = await registry.models()
-    return json_response({"models": [listing.model_entry(model) for model in found]})
+    entries = [listing.model_entry(model) for model in found]
+    return json_response({"models": entries, "problems": registry.problems})
 
 
 async def plan(request: web.Request) -> web.Response:
