@@ -156,6 +156,10 @@ class Client:
         """Yield progress and findings of /api/verify as they come."""
         return self._stream("/api/verify", {"models": list(models)})
 
+    def reload(self) -> dict[str, Any]:
+        """Let the daemon read its config again; return what has changed."""
+        return self._call("POST", "/api/reload")
+
     def _call(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:

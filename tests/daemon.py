@@ -24,6 +24,11 @@ class Daemon:
     env: dict[str, str]
     log: Path
 
+    @property
+    def notify_address(self) -> str:
+        """Where the daemon tells of its state, as it would tell systemd."""
+        return str(self.log.parent / "notify")
+
     def shimpy(
         self, *args: str, stdin: str = "", timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
@@ -42,7 +47,7 @@ class Daemon:
 @contextlib.contextmanager
 def running_daemon(
     home: Path,
-    models: Path,
+    models: Path | None,
     *flags: str,
     threads: int | None = 1,
     environ: Mapping[str, str] | None = None,
@@ -61,13 +66,14 @@ def running_daemon(
     env |= environ or {}
     log = home / "serve.log"
     bind = ["--bind", "127.0.0.1:0"]
+    folders = [] if models is None else ["--model-dirs", str(models)]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("wb") as output:
         address = home / "notify"
         address.unlink(missing_ok=True)
         ready.bind(str(address))
         ready.settimeout(READY_TIMEOUT_S)
         process = subprocess.Popen(
-            [sys.executable, "-m", "shimpy", "serve", *bind, "--model-dirs", str(models), *flags],
+            [sys.executable, "-m", "shimpy", "serve", *bind, *folders, *flags],
             env={**env, "NOTIFY_SOCKET": str(address)},
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -26,6 +26,7 @@ COMMANDS = {
     "rm": ("shimpy.cli.rm", "Remove models from the store."),
     "gc": ("shimpy.cli.gc", "Remove files that no model needs."),
     "verify": ("shimpy.cli.verify", "Read the store's files again and check their digests."),
+    "reload": ("shimpy.cli.reload", "Let the daemon read its config again."),
     "keys": ("shimpy.cli.keys", "Make, list and revoke API keys."),
     "config": ("shimpy.cli.config", "Show every setting and where its value comes from."),
 }

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shimpy.cli.options import config_option
 from shimpy.config import HELP, METAVARS
 
+if TYPE_CHECKING:
+    from shimpy.config import Config
+
 # Flags whose form differs from `--name VALUE`.
 _FORMS: dict[str, dict[str, Any]] = {
     "model_dirs": {"multiple": True},
     # Bare `--cpu-moe` means on, as llama.cpp's own flag does.
     "cpu_moe": {"is_flag": False, "flag_value": "on"},
+    "insecure": {"is_flag": False, "flag_value": "on"},
     "offline": {"is_flag": False, "flag_value": "on"},
 }
 
@@ -40,9 +44,13 @@ def command(config_file: Path | None, **flags: Any) -> None:
     from shimpy.logs import setup_logging
 
     flags["model_dirs"] = flags["model_dirs"] or None
-    config = load_config(flags=flags, file=config_file).config
+
+    def load() -> Config:
+        return load_config(flags=flags, file=config_file).config
+
+    config = load()
 
     from shimpy.server.daemon import serve
 
     setup_logging(config.log_level, config.log_format)
-    asyncio.run(serve(config))
+    asyncio.run(serve(config, load=load))

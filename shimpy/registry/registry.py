@@ -75,7 +75,8 @@ class Registry:
             defaults: what holds for a model where neither it nor the user says otherwise.
         """
         self._folders = tuple(folders)
-        self._sources = (*before, Folders(self._folders), *after)
+        self._before, self._after = tuple(before), tuple(after)
+        self._sources = self._all_sources()
         self._settings, self._defaults = settings, defaults
         self._index = HeaderIndex(index_path)
         self._lock = threading.Lock()
@@ -87,6 +88,12 @@ class Registry:
         self._indexed: set[str] = set()
         self._unsaved: dict[str, tuple[str, Record]] = {}
         self._snapshot = _Snapshot()
+
+    def use_folders(self, folders: Sequence[Path]) -> None:
+        """Search other folders from the next scan on; waits for one that runs."""
+        with self._lock:
+            self._folders = tuple(folders)
+            self._sources = self._all_sources()
 
     def refresh(self) -> None:
         """Look at all sources again and read the headers of files that are new or changed."""
@@ -152,6 +159,9 @@ class Registry:
             return f'there is no model "{wanted}"; did you mean {" or ".join(near[:3])}?'
         folders = ", ".join(map(str, self._folders)) or "none is set: see --model-dirs"
         return f'there is no model "{wanted}" (searched folders: {folders})'
+
+    def _all_sources(self) -> tuple[Source, ...]:
+        return (*self._before, Folders(self._folders), *self._after)
 
     def _look_up(self, scan: Scan) -> list[Record]:
         """Return what is known of each found model, reading only what is new or changed."""

@@ -87,6 +87,10 @@ class SchedulerCore:
         soonest = min(times, default=math.inf)
         return None if math.isinf(soonest) else soonest
 
+    def on_limits(self, limits: Limits) -> None:
+        """Keep to other limits from now on; residents keep their own keep_alive."""
+        self._limits = self._books.limits = limits
+
     # --- events: requests -----------------------------------------------------------------
 
     def on_request(self, request: Request, now: float) -> list[Effect]:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, assert_never
 
@@ -57,12 +58,7 @@ class Scheduler:
         self._engine_argv = tuple(engine_argv)
         self._clock = clock or LoopClock()
         self._deadlines = deadlines or Deadlines(load_s=config.load_timeout)
-        limits = Limits(
-            keep_alive_s=_keep_alive(config.keep_alive),
-            max_queue=config.max_queue,
-            n_threads=config.n_threads,
-        )
-        self._core = SchedulerCore(limits, planner)
+        self._core = SchedulerCore(_limits(config), planner)
         self._tasks = asyncio.TaskGroup()
         self._workers: dict[WorkerId, Worker] = {}
         self._grants: dict[RequestId, asyncio.Future[Lease | ShimpyError]] = {}
@@ -119,6 +115,12 @@ class Scheduler:
         )
         self._carry_out(self._core.on_unload(name, self._clock.now()))
         return is_loaded
+
+    def reconfigure(self, config: Config) -> None:
+        """Use another config for the loads and requests that come."""
+        self._config = config
+        self._deadlines = replace(self._deadlines, load_s=config.load_timeout)
+        self._core.on_limits(_limits(config))
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests, let leases end for `timeout_s`, then stop every worker.
@@ -339,6 +341,14 @@ class Scheduler:
 
     def _epoch(self, at_s: float) -> float:
         return time.time() + at_s - self._clock.now()
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(
+        keep_alive_s=_keep_alive(config.keep_alive),
+        max_queue=config.max_queue,
+        n_threads=config.n_threads,
+    )
 
 
 def _keep_alive(seconds: float) -> float:

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from shimpy.errors import InvalidOptionError, UserError
 from shimpy.server.errors import BodyTimeoutError, BodyTooLargeError
+from shimpy.server.services import services_of
 from shimpy.units import format_bytes
 
 # A client that sends nothing for this long holds its connection for nothing.
@@ -52,7 +53,7 @@ async def read_body(request: web.Request, wanted: type[T]) -> T:
 
 async def _read(request: web.Request) -> bytearray:
     """Return the body, decompressed; a declared length that is too large is not read at all."""
-    limit = request.client_max_size
+    limit = services_of(request).config.max_body
     declared = request.content_length or 0
     body = bytearray()
     while max(declared, len(body)) <= limit:

@@ -20,7 +20,7 @@ from pathlib import Path
 from aiohttp import web
 
 from shimpy.config import Config, Tool, config_folder, tool_folders
-from shimpy.errors import RegistryError, UserError
+from shimpy.errors import RegistryError, ShimpyError, UserError
 from shimpy.keys import KEYS_NAME, KeyFile
 from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
@@ -42,6 +42,7 @@ from shimpy.server.listening import exposed_host, open_bind, unix_paths, urls_of
 from shimpy.server.machine import Machine, report_hardware
 from shimpy.server.metrics import Metrics
 from shimpy.server.pulling import make_pulls
+from shimpy.server.reload import Reloader
 from shimpy.server.services import Lifecycle, Services
 from shimpy.server.systemd import (
     feed_watchdog,
@@ -58,8 +59,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _log = get_logger("server")
 
 
-async def serve(config: Config, *, announce: Callable[[str], None] | None = None) -> None:
-    """Run the daemon until SIGTERM or SIGINT; `announce` is called with its URL once it listens.
+async def serve(
+    config: Config,
+    *,
+    announce: Callable[[str], None] | None = None,
+    load: Callable[[], Config] | None = None,
+) -> None:
+    """Run the daemon until SIGTERM or SIGINT; SIGHUP reloads its config.
+
+    Args:
+        config: the settings to begin with.
+        announce: called with the URL once the daemon listens.
+        load: reads the settings again.
 
     Raises:
         UserError: the address can't be listened on, or not without a key; says why.
@@ -68,7 +79,7 @@ async def serve(config: Config, *, announce: Callable[[str], None] | None = None
     await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
     with await asyncio.to_thread(Store, config.data_dir / "store") as store:
         await asyncio.to_thread(_tidy, store)
-        await _serve(config, store, announce)
+        await _serve(config, store, announce, load)
     _log.info("stopped")
 
 
@@ -84,7 +95,12 @@ def _tidy(store: Store) -> None:
         _log.warning("damaged", path=str(path), reason=problem)
 
 
-async def _serve(config: Config, store: Store, announce: Callable[[str], None] | None) -> None:
+async def _serve(
+    config: Config,
+    store: Store,
+    announce: Callable[[str], None] | None,
+    load: Callable[[], Config] | None,
+) -> None:
     catalog = await asyncio.to_thread(CatalogFile, config_folder() / CATALOG_NAME)
     fresh = FreshRegistry(make_registry(config, store, catalog, tool_folders()))
     machine = Machine(make_probe(config))
@@ -122,6 +138,7 @@ async def _serve(config: Config, store: Store, announce: Callable[[str], None] |
                 gate=gate,
                 lifecycle=Lifecycle(),
                 metrics=Metrics(scheduler),
+                reloader=Reloader(load=load, tls=tls),
             )
             background = [
                 tasks.create_task(fresh.watch()),
@@ -233,13 +250,13 @@ async def _run(
         keepalive_timeout=IDLE_TIMEOUT_S,
     )
     limit = allow_files(services.config.max_connections)
-    with _signals() as stop:
+    with _signals() as stop, _hangups() as hangup:
         await runner.setup()
         try:
             connections = Connections(runner, limit=limit, tls=tls)
             await connections.listen(sockets)
             _announce(urls_of(sockets, scheme="https" if tls else "http"), announce)
-            async with _fed_watchdog():
+            async with _meanwhile(services, hangup):
                 await stop.wait_asked()
                 await _drain(services, connections, stop)
         finally:
@@ -254,15 +271,41 @@ def _announce(urls: Sequence[str], announce: Callable[[str], None] | None) -> No
     notify(f"READY=1\nSTATUS=listening on {urls[0]}")
 
 
+@contextmanager
+def _hangups() -> Iterator[asyncio.Event]:
+    """Set the event at each SIGHUP."""
+    loop = asyncio.get_running_loop()
+    hangup = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    try:
+        yield hangup
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
 @asynccontextmanager
-async def _fed_watchdog() -> AsyncIterator[None]:
-    """Feed systemd's watchdog, where there is one, as long as the block runs."""
+async def _meanwhile(services: Services, hangup: asyncio.Event) -> AsyncIterator[None]:
+    """Feed systemd's watchdog, where there is one, and reload at SIGHUP as the block runs."""
     async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(_reload_at(services, hangup))]
         period_s = watchdog_period_s()
-        feeder = None if period_s is None else tasks.create_task(feed_watchdog(period_s))
+        if period_s is not None:
+            running.append(tasks.create_task(feed_watchdog(period_s)))
         yield
-        if feeder is not None:
-            feeder.cancel()
+        for task in running:
+            task.cancel()
+
+
+async def _reload_at(services: Services, hangup: asyncio.Event) -> None:
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        try:
+            await services.reloader.reload(services)
+        except ShimpyError as error:
+            _log.error("not_reloaded", reason=error.message)
+        except Exception as error:  # noqa: BLE001 - the daemon goes on as it was
+            _log.error("not_reloaded", exc_info=error)
 
 
 async def _drain(services: Services, connections: Connections, stop: StopSignals) -> None:

@@ -18,6 +18,10 @@ class Machine:
         self._probe = probe
         self._last: Hardware | None = None
 
+    def use(self, probe: Callable[[], Hardware]) -> None:
+        """Probe in another way from now on."""
+        self._probe = probe
+
     def probe(self) -> Hardware:
         """Return a fresh snapshot; blocking, so for a thread."""
         self._last = self._probe()

@@ -21,6 +21,7 @@ from shimpy.server.machine import Machine
 from shimpy.server.metrics import Metrics
 from shimpy.server.openai.responses.store import ResponseStore
 from shimpy.server.pulls import Pulls
+from shimpy.server.reload import Reloader
 
 
 @dataclass(slots=True)
@@ -81,6 +82,7 @@ class Services:
     gate: Gate
     lifecycle: Lifecycle
     metrics: Metrics
+    reloader: Reloader = field(default_factory=Reloader)
     responses: ResponseStore = field(default_factory=ResponseStore)
 
 

@@ -23,7 +23,14 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 
+async def reload(request: web.Request) -> web.Response:
+    """POST /api/reload: read the config again, as at SIGHUP."""
+    services = services_of(request)
+    return json_response(await services.reloader.reload(services))
+
+
 ROUTES = [
+    web.post("/api/reload", reload),
     web.get("/ready", ready),
     web.get("/metrics", metrics),
 ]
