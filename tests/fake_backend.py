@@ -92,6 +92,7 @@ class FakeBackend:
         # What every request is answered, in place of the hash's choice.
         self.script = script
         self.end_ids = [EOS] if has_encoder else []
+        self.between_ids = [EOS] if has_encoder else []
         # Fewer than n_ctx: a cache that is full sooner than the batcher can know.
         self._n_cells = n_ctx if n_cells is None else n_cells
         self._kv: list[dict[int, _Cell]] = [{} for _ in range(n_slots)]

@@ -63,6 +63,8 @@ class Backend(Protocol):
     eos_id: int
     # What the model wants behind a whole text to embed: BERT's [SEP]; mostly nothing.
     end_ids: list[int]
+    # What it wants between two texts to compare; mostly nothing.
+    between_ids: list[int]
     has_fim: bool
     has_encoder: bool
     # Positions of a slot can be moved (context shift).

@@ -148,10 +148,11 @@ class Intake:
             )
         # A model that generates keeps a place in its context for what it would say next.
         n_most = backend.n_ctx if self._embeds else backend.n_ctx - 1
+        end_ids = backend.end_ids if embed.add_special else []
+        n_max = n_most - len(end_ids)
         inputs = []
         for index, parts in enumerate(embed.inputs):
-            ids = self._prompts.tokenize(parts, add_bos=True)
-            n_max = n_most - len(backend.end_ids)
+            ids = self._prompts.tokenize(parts, add_bos=embed.add_special)
             if len(ids) > n_max and not embed.truncate:
                 raise ContextExceededError(
                     f"input {index} has {len(ids)} tokens, and the model embeds at most {n_max} "
@@ -159,7 +160,7 @@ class Intake:
                     n_prompt=len(ids),
                     n_ctx=n_max,
                 )
-            inputs.append(ids[:n_max] + backend.end_ids)
+            inputs.append(ids[:n_max] + end_ids)
         return Inputs(embed, inputs)
 
     def _tokenized(self, backend: Backend, message: Tokenize) -> Tokenized:

@@ -7,7 +7,7 @@ from itertools import chain
 
 from shimpy.engine.backend import Backend
 from shimpy.errors import ContextExceededError, UnsupportedError, UserError
-from shimpy.protocol.messages import Fim, PromptPart, Text, Tokens
+from shimpy.protocol.messages import Between, Fim, PromptPart, Text, Tokens
 
 
 class Prompts:
@@ -33,11 +33,7 @@ class Prompts:
                 continue
             ids += self._tokenize_texts(texts)
             texts.clear()
-            ids += (
-                check_ids(backend, part.ids)
-                if isinstance(part, Tokens)
-                else [_fim_id(backend, part)]
-            )
+            ids += _ids_of(backend, part)
         ids += self._tokenize_texts(texts)
         wants_bos = not ids or (add_bos and backend.add_bos)
         # A template may have written the start token itself: one is enough.
@@ -118,6 +114,16 @@ def check_ids(backend: Backend, ids: list[int]) -> list[int]:
                 f"token id {token} is not in the vocabulary, which has 0 to {backend.n_vocab - 1}"
             )
     return ids
+
+
+def _ids_of(backend: Backend, part: Tokens | Fim | Between) -> list[int]:
+    match part:
+        case Tokens(ids=ids):
+            return check_ids(backend, ids)
+        case Fim():
+            return [_fim_id(backend, part)]
+        case Between():
+            return backend.between_ids
 
 
 def _fim_id(backend: Backend, part: Fim) -> int:

@@ -47,7 +47,11 @@ class Fim(_Message, frozen=True):
     role: Literal["prefix", "suffix", "middle", "repo", "separator"]
 
 
-PromptPart = Text | Tokens | Fim
+class Between(_Message, frozen=True):
+    """What the model wants between two texts that it compares: BERT's [SEP], say."""
+
+
+PromptPart = Text | Tokens | Fim | Between
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -159,6 +163,8 @@ class Embed(_Message, frozen=True):
     # An input over the context is cut; False: it is an error.
     truncate: bool = True
     normalize: bool = True
+    # Put the model's own start and end tokens round each input.
+    add_special: bool = True
 
 
 class Tokenize(_Message, frozen=True):

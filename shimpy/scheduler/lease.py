@@ -77,6 +77,7 @@ class Lease:
         *,
         truncate: bool = True,
         normalize: bool = True,
+        add_special: bool = True,
     ) -> Embedded:
         """Return one vector for each input; errors as for `generate`."""
         with self._open() as (request, mailbox):
@@ -86,6 +87,7 @@ class Lease:
                     inputs=[list(parts) for parts in inputs],
                     truncate=truncate,
                     normalize=normalize,
+                    add_special=add_special,
                 )
             )
             await self._worker.wait_writable()

@@ -10,6 +10,7 @@ import pytest
 from shimpy.engine import loop
 from shimpy.errors import ProtocolError
 from shimpy.protocol.messages import (
+    Between,
     Cancel,
     Delta,
     Done,
@@ -381,6 +382,17 @@ def test_tokenize_answers_at_once_both_ways() -> None:
     assert rig.told[3].end == Tokenized(3, [THE, CONTROL, *"é".encode()], " the<ctl>é")
 
 
+def test_tokenize_gives_a_prompts_tokens_and_their_bytes() -> None:
+    """The same that a Submit with this prompt would have."""
+    rig = Rig()
+    parts = [Text("<ctl>", parse_special=True), Text("a"), Tokens([THE])]
+    rig.send(Tokenize(1, prompt=parts, add_special=True, wants_pieces=True))
+    rig.send(Tokenize(2, prompt=parts))
+    ids = [256, CONTROL, 97, THE]
+    assert rig.told[1].end == Tokenized(1, ids, "", [b"<s>", b"<ctl>", b"a", b" the"])
+    assert rig.told[2].end == Tokenized(2, ids[1:], "")
+
+
 def test_tokenize_refuses_ids_that_do_not_exist() -> None:
     rig = Rig()
     rig.send(Tokenize(1, ids=[5, -1]))
@@ -409,6 +421,14 @@ def test_inputs_are_embedded_in_order_each_with_its_start_and_end() -> None:
     expected = [ids_of(text) for text in ("one", "three", "seventeen")]
     data = b"".join(vector(ids, normalize=True) for ids in expected)
     assert rig.told[1].end == Embedded(1, 4, data, 3 + 5 + 9 + 6)
+
+
+def test_pairs_are_embedded_with_what_belongs_between_them() -> None:
+    rig = embedding_rig()
+    rig.send(Embed(1, [[Text("a"), Between(), Text("b")]]))
+    rig.send(Embed(2, [[Text("a"), Between(), Text("b")]], add_special=False))
+    rig.finish()
+    assert rig.backend.embedded == [[[256, *b"a", EOS, *b"b", EOS], [*b"a", EOS, *b"b"]]]
 
 
 def test_inputs_share_batches_across_requests_up_to_their_size() -> None:

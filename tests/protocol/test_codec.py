@@ -16,6 +16,7 @@ from shimpy.errors import ProtocolError
 from shimpy.protocol import codec
 from shimpy.protocol.codec import MAX_FRAME_BYTES, daemon_decoder, encode_frame, worker_decoder
 from shimpy.protocol.messages import (
+    Between,
     BufferUse,
     Cancel,
     Delta,
@@ -52,6 +53,7 @@ ids = st.lists(st.integers(0, 2**31 - 1), max_size=8)
 parts = st.lists(
     st.builds(Text, texts, st.booleans())
     | st.builds(Tokens, ids)
+    | st.builds(Between)
     | st.builds(Fim, st.sampled_from(["prefix", "suffix", "middle", "repo", "separator"])),
     max_size=4,
 )
@@ -100,7 +102,9 @@ FOR_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
         n_predict=st.integers(-1, 9),
         truncate=st.booleans(),
     ),
-    Embed: st.builds(Embed, requests, st.lists(parts, max_size=3), st.booleans(), st.booleans()),
+    Embed: st.builds(
+        Embed, requests, st.lists(parts, max_size=3), st.booleans(), st.booleans(), st.booleans()
+    ),
     Tokenize: st.builds(
         Tokenize,
         requests,

@@ -39,6 +39,7 @@ class LlamaBackend:
         self.bos_id = vocab.bos_id
         self.eos_id = vocab.eos_id
         self.end_ids = vocab.end_ids
+        self.between_ids = vocab.between_ids
         self.has_fim = vocab.has_fim
         self.has_encoder = model.has_encoder
         self.can_shift = isinstance(work, Context) and work.can_shift

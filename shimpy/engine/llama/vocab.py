@@ -84,6 +84,20 @@ class Vocab:
         return frame[1:] if self.add_bos and frame[:1] == [self.bos_id] else frame
 
     @property
+    def between_ids(self) -> list[int]:
+        """Tokens between two texts to compare.
+
+        Source: llama.cpp, tools/server/server-common.cpp, format_prompt_rerank.
+        """
+        handle = self.handle
+        sep: int = LL.llama_vocab_sep(handle)
+        end = self.eos_id if self.eos_id >= 0 else sep
+        ids = [end] * LL.llama_vocab_get_add_eos(handle) + [sep] * LL.llama_vocab_get_add_sep(
+            handle
+        )
+        return [token for token in ids if token >= 0]
+
+    @property
     def has_fim(self) -> bool:
         """Whether the middle of a text can be asked for."""
         return min(self._fim["prefix"], self._fim["suffix"], self._fim["middle"]) >= 0

@@ -53,6 +53,7 @@ def test_ends_of_text_are_known(llama: LlamaBackend) -> None:
     assert llama.piece(llama.bos_id, special=True) == b"<s>"
     assert llama.piece(llama.eos_id, special=True) == b"</s>"
     assert llama.end_ids == []
+    assert llama.between_ids == []
 
 
 def test_fim_tokens_are_found_by_their_text(llama: LlamaBackend) -> None:
@@ -150,4 +151,5 @@ def test_bert_wants_its_separator_behind_a_text(bert_model: Path) -> None:
     assert backend.add_bos
     assert backend.piece(backend.bos_id, special=True) == b"[CLS]"
     assert [backend.piece(token, special=True) for token in backend.end_ids] == [b"[SEP]"]
+    assert backend.between_ids == backend.end_ids
     backend.close()
