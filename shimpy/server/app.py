@@ -26,7 +26,7 @@ from shimpy.server.errors import (
 )
 from shimpy.server.gate import peer_uid
 from shimpy.server.guard import cors_headers
-from shimpy.server.llamacpp import reports, texts
+from shimpy.server.llamacpp import ranking, reports, texts
 from shimpy.server.llamacpp import routes as llamacpp
 from shimpy.server.native import catalog, operations, store
 from shimpy.server.native import routes as native
@@ -65,6 +65,7 @@ def all_routes() -> list[web.RouteDef]:
         *anthropic.ROUTES,
         *llamacpp.ROUTES,
         *texts.ROUTES,
+        *ranking.ROUTES,
         *reports.ROUTES,
         *native.ROUTES,
         *catalog.ROUTES,

@@ -36,6 +36,8 @@ class ModelCard:
     eos_text: str
     # Which fill-in-the-middle tokens the vocabulary has.
     fim_roles: frozenset[FimRole]
+    # The prompt of a model that ranks by one, with {query} and {document} in it; "": it has none.
+    rank_prompt: str = ""
 
     def compile_template(self, source: str) -> ChatTemplate:
         """Return another template for this model; takes some tens of milliseconds.
@@ -98,6 +100,7 @@ def make_card(model: Model) -> ModelCard:
         bos_text=bos_text,
         eos_text=eos_text,
         fim_roles=fim_roles(texts, header.metadata),
+        rank_prompt=header.get_str("tokenizer.chat_template.rerank", ""),
     )
     if model.settings.template:
         # One that came with the model from elsewhere may be beyond us; the file's own is not.

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shimpy.errors import InvalidOptionError
+from shimpy.errors import InvalidOptionError, UnsupportedError
 from shimpy.protocol.messages import Embedded, Text, Tokens
 from shimpy.server.generation import acquire, find_model
 from shimpy.server.options import Options
@@ -55,6 +55,8 @@ async def run_embedding(
     """
     arrived_s = time.monotonic()
     model = await find_model(services, request.model, record)
+    if model.shape is not None and model.shape.is_reranker:
+        raise UnsupportedError(f'"{model.name}" does not support embed: it ranks documents')
     async with acquire(services, model, request.options, request.keep_alive_s, record) as lease:
         answer = Embedded(request=0, n_embd=0, data=b"", n_tokens=0)
         if request.inputs:

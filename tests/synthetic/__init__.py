@@ -18,7 +18,7 @@ from tests.synthetic.decoders import (
     write_preset,
     write_qwen3moe,
 )
-from tests.synthetic.encoders import Encoder, write_bert, write_nomic_bert
+from tests.synthetic.encoders import Encoder, write_bert, write_nomic_bert, write_reranker
 from tests.synthetic.vocabulary import CHATML, SPECIALS
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "write_nomic_bert",
     "write_preset",
     "write_qwen3moe",
+    "write_reranker",
 ]

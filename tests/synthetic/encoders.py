@@ -15,7 +15,7 @@ from tests.synthetic.vocabulary import add_wordpiece
 from tests.synthetic.weights import FILE_TYPES, Bytes, Quant, Weights, tensor_type
 
 # llama.h, enum llama_pooling_type.
-_POOLING = {"mean": 1, "cls": 2}
+_POOLING = {"mean": 1, "cls": 2, "rank": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,10 @@ class Encoder:
     n_ff: int = 128
     n_vocab: int = 512
     n_ctx_train: int = 512
-    pooling: Literal["mean", "cls"] = "mean"
+    # "rank": with a head that gives a text one score.
+    pooling: Literal["mean", "cls", "rank"] = "mean"
+    # The prompt that a model ranks by, as Qwen's rerankers have one.
+    rank_prompt: str = ""
 
 
 def write_bert(path: Path, **options: Any) -> Path:
@@ -43,6 +46,11 @@ def write_bert(path: Path, **options: Any) -> Path:
 def write_nomic_bert(path: Path, **options: Any) -> Path:
     """Write a nomic-bert: rotary positions, fused QKV, a gated MLP."""
     return _write(path, replace(Encoder(arch="nomic-bert", name="synthetic nomic"), **options))
+
+
+def write_reranker(path: Path, **options: Any) -> Path:
+    """Write a BERT that ranks: what it embeds are scores."""
+    return _write(path, replace(Encoder(name="synthetic reranker", pooling="rank"), **options))
 
 
 def _write(path: Path, shape: Encoder) -> Path:
@@ -61,6 +69,8 @@ def _write(path: Path, shape: Encoder) -> Path:
     if shape.arch == "nomic-bert":
         writer.add_rope_freq_base(1000.0)
     add_wordpiece(writer, shape.n_vocab)
+    if shape.rank_prompt:
+        writer.add_string("tokenizer.chat_template.rerank", shape.rank_prompt)
     weights = Weights(shape.seed)
     for name, dims in _tensors(shape):
         _add(file, weights, shape, name, dims)
@@ -94,6 +104,16 @@ def _tensors(shape: Encoder) -> Iterator[tuple[str, tuple[int, ...]]]:
         for norm in ("attn_output_norm", "layer_output_norm"):
             yield f"{block}{norm}.weight", (n_embd,)
             yield f"{block}{norm}.bias", (n_embd,)
+    yield from _head_tensors(shape)
+
+
+def _head_tensors(shape: Encoder) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the head's: a hidden layer, then the score (llama.cpp, build_pooling)."""
+    if shape.pooling == "rank":
+        yield "cls.weight", (shape.n_embd, shape.n_embd)
+        yield "cls.bias", (shape.n_embd,)
+        yield "cls.output.weight", (1, shape.n_embd)
+        yield "cls.output.bias", (1,)
 
 
 def _add(
