@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from tests.server.harness import Running, running_app
-from tests.synthetic import CHAIN_TEXT
+from tests.synthetic import CHAIN_TEXT, write_llama
 
 HELLO = {"prompt": "hello", "stream": False}
 
@@ -144,22 +144,23 @@ async def test_a_model_is_made_of_an_uploaded_file_and_runs(
     assert answer["response"] == CHAIN_TEXT
 
 
-async def test_a_split_model_is_made_of_its_shards_in_their_order(app: Running) -> None:
+async def test_a_split_model_is_made_of_its_shards_in_their_order(
+    app: Running, tmp_path: Path
+) -> None:
     """In the store their names are digests: the manifest knows their order, not the names."""
-    from tests.gguf.build import Gguf, llama
-
+    first = await asyncio.to_thread(write_llama, tmp_path / "m.gguf", split_max_tensors=8)
     parts = {}
-    for i in range(2):
-        metadata = {"split.no": i, "split.count": 2} | (llama() if i == 0 else {})
-        gguf = Gguf(metadata=metadata, tensors=[(f"blk.{i}.attn_q.weight", (64, 64), "F16")])
-        data = gguf.header().ljust(gguf.size(), b"\0")
-        parts[f"m-0000{i + 1}-of-00002.gguf"] = await _upload(app, data)
+    for path in sorted(first.parent.glob("m-*.gguf")):
+        parts[path.name] = await _upload(app, await asyncio.to_thread(path.read_bytes))
+    assert len(parts) > 2
     files = dict(reversed(parts.items()))
     await app.lines("/api/create", {"model": "split", "files": files})
     model = await app.services.registry.resolve("split")
     assert [f"sha256:{path.name[7:]}" for path in model.files] == list(parts.values())
-    shown = await _show(app, "split")
-    assert len(shown["tensors"]) == 2
+    body = {"model": "split", "options": {"num_predict": 2, "temperature": 0}, **HELLO}
+    answer = await app.client.post("/api/generate", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["eval_count"] == 2
 
 
 async def test_a_model_made_from_another_shares_its_file_and_has_its_own_settings(
