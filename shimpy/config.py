@@ -417,6 +417,12 @@ def config_folder(environ: Mapping[str, str] | None = None) -> Path:
     return _folders(os.environ if environ is None else environ)["config"]
 
 
+def user_config_home(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the folder of all programs' config files: XDG_CONFIG_HOME or ~/.config."""
+    env = os.environ if environ is None else environ
+    return Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME") or Path.home()) / ".config")
+
+
 def _folders(env: Mapping[str, str]) -> dict[str, Path]:
     home = env.get("SHIMPY_HOME")
     if home:

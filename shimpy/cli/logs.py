@@ -1,0 +1,123 @@
+"""`shimpy logs`: what the daemon wrote, from the journal or the background daemon's file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+_POLL_S = 0.25
+# Fields that begin a line or say nothing.
+_PLAIN = ("timestamp", "level", "event", "part")
+
+
+@click.command(name="logs")
+@click.argument("model", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
+@click.option("-n", "--lines", "n_lines", default=200, show_default=True, help="How many lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the lines as they were written.")
+def command(model: str | None, n_lines: int, *, follow: bool, as_json: bool) -> None:
+    """Show the daemon's log, or the lines in it that are about MODEL."""
+    for line in _lines(n_lines, follow=follow):
+        fields = parse_line(line)
+        if model is not None and not is_about(fields, model):
+            continue
+        click.echo(line if as_json or fields is None else format_line(fields))
+
+
+def parse_line(line: str) -> dict[str, Any] | None:
+    """Return the fields of a line; None: it is no event, such as a library's own words."""
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) and "event" in fields else None
+
+
+def is_about(fields: dict[str, Any] | None, model: str) -> bool:
+    """Whether a line is about a model, named with or without its tag."""
+    if fields is None:
+        return False
+    names = {str(fields.get("model", "")), str(fields.get("worker", ""))}
+    return bool(names & {model, f"{model}:latest"})
+
+
+def format_line(fields: dict[str, Any]) -> str:
+    """Return a line as people read it: time, level, event, then the rest as key=value."""
+    rest = " ".join(
+        f"{key}={value if isinstance(value, str | int | float) else json.dumps(value)}"
+        for key, value in fields.items()
+        if key not in _PLAIN and key != "exception"
+    )
+    level = str(fields.get("level", ""))
+    start = f"{fields.get('timestamp', '')} {level:<7} {fields['event']}"
+    trace = fields.get("exception")
+    return f"{start} {rest}".rstrip() + (f"\n{trace}" if trace else "")
+
+
+def _lines(n_lines: int, *, follow: bool) -> Iterator[str]:
+    from shimpy.config import load_config
+    from shimpy.errors import NotFoundError
+
+    for scope in ([], ["--user"]):
+        if _has_unit(scope):
+            yield from _journal(scope, n_lines, follow=follow)
+            return
+    path = load_config().config.state_dir / "daemon.log"
+    if not path.exists():
+        raise NotFoundError(
+            f"there is no log: no service is installed, and no daemon was started in the "
+            f"background ({path}); a `shimpy serve` in the foreground logs to its terminal"
+        )
+    yield from _file(path, n_lines, follow=follow)
+
+
+def _has_unit(scope: list[str]) -> bool:
+    argv = ["systemctl", *scope, "--quiet", "is-active", "shimpy.service"]
+    try:
+        done = subprocess.run(argv, check=False, capture_output=True)  # noqa: S603 - fixed words
+    except FileNotFoundError:
+        return False
+    return done.returncode == 0
+
+
+def _journal(scope: list[str], n_lines: int, *, follow: bool) -> Iterator[str]:
+    argv = ["journalctl", *scope, "--unit", "shimpy.service", "--output", "cat"]
+    argv += ["--lines", str(n_lines), "--no-pager", *(["--follow"] if follow else [])]
+    if scope:
+        argv[argv.index("--unit")] = "--user-unit"
+        argv.remove("--user")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as journal:  # noqa: S603
+        assert journal.stdout is not None, "it was started with a pipe"
+        try:
+            for line in journal.stdout:
+                yield line.rstrip("\n")
+        finally:
+            journal.terminate()
+
+
+def _file(path: Path, n_lines: int, *, follow: bool) -> Iterator[str]:
+    from collections import deque
+
+    with path.open(encoding="utf-8", errors="replace") as file:
+        yield from (line.rstrip("\n") for line in deque(file, maxlen=n_lines))
+        if follow:
+            sys.stdout.flush()
+            yield from _followed(file)
+
+
+def _followed(file: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    while True:
+        for piece in file:
+            rest += piece
+            if rest.endswith("\n"):
+                yield rest.rstrip("\n")
+                rest = ""
+        time.sleep(_POLL_S)
