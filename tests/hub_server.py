@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ class Fault:
     flip: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
     """A request that came."""
 
@@ -77,11 +78,11 @@ class HostedFile:
     data: bytes
     is_lfs: bool = True
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.data).hexdigest()
 
-    @property
+    @cached_property
     def git_oid(self) -> str:
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()  # noqa: S324
 
@@ -105,6 +106,8 @@ class HubServer:
         self.redirects: dict[str, str] = {}
         # "namespace/name:tag" to layers: media type's ending and data.
         self.ollama: dict[str, list[tuple[str, bytes]]] = {}
+        # Sent in place of any manifest.
+        self.broken_manifest = b""
         self.token = "hf_good"  # noqa: S105 - the one that it takes
         self.faults: list[Fault] = []
         self.seen: list[Seen] = []
@@ -262,6 +265,8 @@ class HubServer:
     async def _manifest(self, request: web.Request) -> web.StreamResponse:
         info = request.match_info
         self._see("registry", request)
+        if self.broken_manifest:
+            return web.Response(body=self.broken_manifest)
         layers = self.ollama.get(f"{info['ns']}/{info['name']}:{info['tag']}")
         if layers is None:
             errors = [{"code": "MANIFEST_UNKNOWN", "message": "manifest unknown"}]
@@ -290,9 +295,9 @@ class HubServer:
     # --- within -----------------------------------------------------------------------------
 
     def _by_digest(self, digest: str) -> bytes:
-        files = [file.data for repo in self.repos.values() for file in repo.files.values()]
-        files += [data for layers in self.ollama.values() for _, data in layers]
-        return next(data for data in files if hashlib.sha256(data).hexdigest() == digest)
+        files = [file for repo in self.repos.values() for file in repo.files.values()]
+        files += [HostedFile(data) for layers in self.ollama.values() for _, data in layers]
+        return next(file.data for file in files if file.sha256 == digest)
 
     async def _send(
         self,
@@ -328,36 +333,40 @@ class HubServer:
         else:
             body = body[: fault.end_after]
             response.enable_chunked_encoding()
-        n_sent = await self._stream(request, response, body, fault)
-        self._see(where, request, n_sent)
+        seen = self._see(where, request)
+        await self._stream(request, response, body, fault, seen)
         return response
 
     async def _stream(
-        self, request: web.Request, response: web.StreamResponse, body: bytes, fault: Fault
-    ) -> int:
-        """Send a body as far as the fault lets it, and return how far that is."""
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        body: bytes,
+        fault: Fault,
+        seen: Seen,
+    ) -> None:
+        """Send a body as far as the fault lets it."""
         await response.prepare(request)
         stops = [n for n in (fault.drop_after, fault.stall_after) if n is not None]
-        n_sent = 0
         try:
-            while n_sent < len(body):
-                end = min([n_sent + _CHUNK, len(body), *(n for n in stops if n > n_sent)])
-                await response.write(body[n_sent:end])
-                n_sent = end
-                if fault.drop_after is not None and n_sent >= fault.drop_after:
+            while seen.n_bytes < len(body):
+                start = seen.n_bytes
+                end = min([start + _CHUNK, len(body), *(n for n in stops if n > start)])
+                # Counted before it is sent, so that whoever has it finds it counted.
+                seen.n_bytes = end
+                await response.write(body[start:end])
+                if fault.drop_after is not None and end >= fault.drop_after:
                     assert request.transport is not None
                     # What was written is to arrive; then the line is cut.
                     request.transport.close()
-                    break
-                if fault.stall_after is not None and n_sent >= fault.stall_after:
+                    return
+                if fault.stall_after is not None and end >= fault.stall_after:
                     self._stalled.set()
                     await self._released.wait()
-            else:
-                await response.write_eof()
+            await response.write_eof()
         except ConnectionError:
             # The client left.
             pass
-        return n_sent
 
     def _fault(self, where: Where, path: str) -> Fault | None:
         for fault in self.faults:
@@ -366,7 +375,7 @@ class HubServer:
                 return fault
         return None
 
-    def _see(self, where: Where, request: web.Request, n_bytes: int = 0) -> None:
+    def _see(self, where: Where, request: web.Request) -> Seen:
         headers = request.headers
         seen = Seen(
             where,
@@ -374,9 +383,9 @@ class HubServer:
             request.path,
             headers.get("Range", ""),
             headers.get("Authorization", ""),
-            n_bytes,
         )
         self.seen.append(seen)
+        return seen
 
     def _knows(self, request: web.Request) -> bool:
         return request.headers.get("Authorization") == f"Bearer {self.token}"

@@ -34,7 +34,6 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # lazily expo
 import shimpy
 from shimpy.errors import InvalidNameError, NotFoundError, OfflineError, RemoteError
 from shimpy.registry.remote import (
-    READ_TIMEOUT_S,
     Body,
     RemoteFile,
     check_status,
@@ -80,7 +79,7 @@ def fetch_repository(name: str, *, revision: str | None = None) -> Repository:
     """
     with _explained(name), translated(endpoint()):
         info = HfApi(library_name=_APP, library_version=shimpy.__version__).model_info(
-            name, revision=revision, files_metadata=True, timeout=READ_TIMEOUT_S
+            name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
         commit = info.sha or revision or constants.DEFAULT_REVISION
         siblings = info.siblings or []
@@ -119,6 +118,7 @@ def _opened(repository: str, url: str, start: int, end: int | None) -> Iterator[
             end=end,
             headers=build_hf_headers(library_name=_APP, library_version=shimpy.__version__),
             check=hf_raise_for_status,
+            read_timeout_s=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         ) as body,
     ):
         yield body

@@ -26,7 +26,6 @@ _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE: Final = re.compile(r"bytes (?P<start>\d+)-\d+/(?P<total>\d+|\*)")
 _PARTIAL: Final = 206
 _UNSATISFIABLE: Final = 416
-_CHUNK_BYTES: Final = 1024 * 1024
 
 
 class TransientError(Exception):
@@ -96,6 +95,7 @@ def open_body(
     headers: Mapping[str, str],
     check: Check,
     follow_redirects: bool = True,
+    read_timeout_s: float = READ_TIMEOUT_S,
 ) -> Iterator[Body]:
     """Ask for the bytes [start, end) of a URL and yield them.
 
@@ -106,7 +106,7 @@ def open_body(
     wanted = {**headers, "Accept-Encoding": "identity"}
     if start or end is not None:
         wanted["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
-    timeout = httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    timeout = httpx2.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S)
     with (
         translated(url),
         client.stream(
@@ -119,7 +119,8 @@ def open_body(
             start=begins,
             total_bytes=total,
             etag=_etag(response),
-            chunks=response.iter_raw(_CHUNK_BYTES),
+            # As they come off the line: what was gathered to a size would be lost with it.
+            chunks=response.iter_raw(),
             abort=_aborter(response),
         )
 
