@@ -293,6 +293,12 @@ class Config:
     load_timeout: float = _setting(
         600.0, _parse_seconds, "TIME", "How long a model may take to load."
     )
+    hang_timeout: float = _setting(
+        900.0,
+        _parse_seconds,
+        "TIME",
+        "How long a worker may say nothing while requests wait for it, before it is ended.",
+    )
     drain_timeout: float = _setting(
         30.0, _parse_seconds, "TIME", "How long running requests may take when the daemon stops."
     )

@@ -32,6 +32,8 @@ class ExitKind(Enum):
     PROTOCOL = "protocol"
     # It did not load in time.
     TOO_SLOW = "too_slow"
+    # It said nothing for too long while requests waited for it.
+    HUNG = "hung"
     # Status 0, unasked.
     ENDED = "ended"
 

@@ -57,7 +57,9 @@ class Scheduler:
         self._probe = probe
         self._engine_argv = tuple(engine_argv)
         self._clock = clock or LoopClock()
-        self._deadlines = deadlines or Deadlines(load_s=config.load_timeout)
+        self._deadlines = deadlines or Deadlines(
+            load_s=config.load_timeout, silence_s=config.hang_timeout
+        )
         self._core = SchedulerCore(_limits(config), planner)
         self._tasks = asyncio.TaskGroup()
         self._workers: dict[WorkerId, Worker] = {}
@@ -119,7 +121,9 @@ class Scheduler:
     def reconfigure(self, config: Config) -> None:
         """Use another config for the loads and requests that come."""
         self._config = config
-        self._deadlines = replace(self._deadlines, load_s=config.load_timeout)
+        self._deadlines = replace(
+            self._deadlines, load_s=config.load_timeout, silence_s=config.hang_timeout
+        )
         self._core.on_limits(_limits(config))
 
     async def drain(self, timeout_s: float) -> None:

@@ -58,6 +58,9 @@ class Deadlines:
     """How long a worker gets for each thing, in seconds."""
 
     load_s: float = 600.0
+    # Without a word while requests wait for one. A large chunk of a prompt on a slow CPU takes
+    # minutes.
+    silence_s: float = 900.0
     # After the Shutdown frame, before SIGTERM; after that, before SIGKILL.
     shutdown_s: float = 5.0
     terminate_s: float = 3.0
@@ -95,6 +98,8 @@ class Worker:
         self._stop_wanted = asyncio.Event()
         self._loaded = asyncio.Event()
         self._ended: WorkerExit | None = None
+        # When it last said something, or was asked for something when it had nothing to do.
+        self._heard_s = 0.0
         self.load_fraction = 0.0
         self.stats: Stats | None = None
 
@@ -130,8 +135,15 @@ class Worker:
         if self._ended is not None:
             mailbox.close(_died_error(self._ended))
         else:
+            if not self._is_asked:
+                self._heard_s = asyncio.get_running_loop().time()
             self._mailboxes[self._last_request] = mailbox
         return self._last_request, mailbox
+
+    @property
+    def _is_asked(self) -> bool:
+        """Whether a request waits for its answer, or the rest of it."""
+        return any(not mailbox.is_answered for mailbox in self._mailboxes.values())
 
     def close_mailbox(self, request: int) -> bool:
         """Throw away what still comes for a request; returns whether it was open."""
@@ -201,7 +213,7 @@ class Worker:
             exited = tasks.create_task(process.wait())
             channel = tasks.create_task(self._read_channel(reader))
             output = tasks.create_task(self._read_output(process.stdout))
-            watch = tasks.create_task(self._watch_load())
+            watch = tasks.create_task(self._watch())
             ladder = tasks.create_task(self._climb_stop_ladder(process))
             await asyncio.wait({exited, channel}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({exited}, timeout=linger_s)
@@ -230,6 +242,21 @@ class Worker:
         if self._ending is None:
             self._ending = WorkerExit(kind=kind, reason=reason, returncode=None)
         self._stop_wanted.set()
+
+    async def _watch(self) -> None:
+        await self._watch_load()
+        await self._watch_silence()
+
+    async def _watch_silence(self) -> None:
+        """End a worker that hangs: nothing else would, and its requests would wait for ever."""
+        loop, limit_s = asyncio.get_running_loop(), self._deadlines.silence_s
+        while True:
+            silent_s = loop.time() - self._heard_s if self._is_asked else 0.0
+            if silent_s >= limit_s:
+                reason = f"said nothing for {limit_s:.0f} s with work to do (hang_timeout)"
+                self._end(ExitKind.HUNG, reason)
+                return
+            await asyncio.sleep(limit_s - silent_s)
 
     async def _watch_load(self) -> None:
         try:
@@ -277,6 +304,7 @@ class Worker:
             return  # as good as its end
 
     def _on_message(self, message: ToDaemon) -> None:
+        self._heard_s = asyncio.get_running_loop().time()
         match message:
             case Events():
                 for event in message.events:

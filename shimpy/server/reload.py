@@ -31,6 +31,7 @@ LIVE = frozenset(
         "cpu_moe",
         "default_model",
         "drain_timeout",
+        "hang_timeout",
         "keep_alive",
         "kv_type",
         "load_timeout",

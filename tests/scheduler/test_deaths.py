@@ -94,6 +94,33 @@ async def test_while_idle(workshop: Workshop) -> None:
         assert await use(scheduler, model) == "Once upon a time"
 
 
+async def test_hung_with_work_to_do(workshop: Workshop) -> None:
+    """Nothing but the daemon can tell: such a process lives, and its channel is open."""
+    model = workshop.model("a", text_gate=workshop.gate("text"))
+    deadlines = Deadlines(silence_s=0.2, shutdown_s=0.05, terminate_s=0.05)
+    async with workshop.scheduler(deadlines=deadlines) as scheduler:
+        with pytest.raises(WorkerDiedError, match=r"said nothing .* \(hang_timeout\)"):
+            await use(scheduler, model)
+        await wait_event(scheduler, "died")
+        assert scheduler.history()[-1].cause == "hung"
+        Script().save(model.path)
+        assert await use(scheduler, model) == "Once upon a time"
+
+
+async def test_silent_with_nothing_to_do(workshop: Workshop) -> None:
+    """An idle worker has nothing to say, and a reader that is slow is not its fault."""
+    model = workshop.model("a")
+    async with workshop.scheduler(deadlines=Deadlines(silence_s=0.05)) as scheduler:
+        async with scheduler.acquire(model, ANY) as lease:
+            async with aclosing(lease.generate(SUBMIT)) as events:
+                await anext(events)
+                await asyncio.sleep(0.2)
+                [event async for event in events]
+            await asyncio.sleep(0.2)
+        assert await use(scheduler, model) == "Once upon a time"
+        assert "died" not in kinds(scheduler)
+
+
 async def test_deaf_to_everything_but_sigkill(workshop: Workshop) -> None:
     model = workshop.model("a", is_deaf=True)
     async with workshop.scheduler() as scheduler:
