@@ -20,7 +20,7 @@ def command(context: click.Context, *, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
     from shimpy.cli.autostart import connect
-    from shimpy.cli.output import print_json, print_table
+    from shimpy.cli.output import hint, print_json, print_table
 
     with connect() as client:
         entries = client.catalog()
@@ -28,6 +28,9 @@ def command(context: click.Context, *, as_json: bool) -> None:
         print_json(entries)
         return
     print_table(("NAME", "TAGS", "LICENSE", "HERE", "WHAT"), [_row(entry) for entry in entries])
+    for entry in entries:
+        if entry["unavailable"]:
+            hint(f"{entry['name']} can't be pulled: {entry['unavailable']}")
 
 
 @command.command(name="check")
@@ -63,8 +66,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     tags = ", ".join(entry["tags"] or ["any"])
     if entry["builtin"]:
         tags = "built in"
-    what = entry["title"]
     if entry["unavailable"]:
-        tags, what = "none", f"{what}; not available: {entry['unavailable']}"
+        tags = "none"
     here = ", ".join(name.partition(":")[2] for name in entry["installed"])
-    return (entry["name"], tags, entry["license"], here or "-", what)
+    return (entry["name"], tags, entry["license"], here or "-", entry["title"])

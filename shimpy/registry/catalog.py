@@ -146,11 +146,16 @@ class Catalog:
     def _explain_missing(self, wanted: ModelName) -> str:
         names = [*self.entries, *(alias.name for alias in self._aliases)]
         near = difflib.get_close_matches(wanted.name, dict.fromkeys(names), n=3)
-        tagged = [str(alias) for alias in self._aliases if alias.name == wanted.name]
+        tagged = [
+            str(alias).removesuffix(f":{DEFAULT_TAG}")
+            for alias in self._aliases
+            if alias.name == wanted.name
+        ]
         near = tagged or near
         meant = f"; did you mean {' or '.join(near)}?" if near else "."
+        shown = wanted.name if wanted.tag == DEFAULT_TAG else str(wanted)
         return (
-            f'the catalog has no "{wanted}"{meant} `shimpy catalog` lists what it has; any '
+            f'the catalog has no "{shown}"{meant} `shimpy catalog` lists what it has; any '
             "other model can be pulled by its place: hf.co/org/repo:Q4_K_M, ollama:name:tag or "
             "https://.../file.gguf"
         )
