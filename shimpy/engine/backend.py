@@ -140,3 +140,11 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+
+
+def n_ctx_seq(backend: Backend) -> int:
+    """Return the tokens that one sequence may have: the KV cache may hold several such.
+
+    Past the length that a model was trained for it writes nonsense.
+    """
+    return min(backend.n_ctx, backend.n_ctx_train) if backend.n_ctx_train else backend.n_ctx

@@ -41,11 +41,14 @@ class Batcher:
         *,
         n_slots: int,
         n_ctx: int,
+        n_ctx_seq: int,
         n_batch: int,
         can_split: bool,
         can_shift: bool,
     ) -> None:
         self._n_ctx = n_ctx
+        # Of these cells, those that one sequence may take.
+        self._n_ctx_seq = n_ctx_seq
         self._n_batch = n_batch
         self._can_shift = can_shift
         self._pace = Pace(n_batch)
@@ -77,14 +80,14 @@ class Batcher:
 
     def submit(self, sequence: Sequence) -> None:
         """Put a sequence into the queue; its prompt is shorter than the context."""
-        assert 0 < len(sequence.tokens) < self._n_ctx
+        assert 0 < len(sequence.tokens) < self._n_ctx_seq
         self._n_submitted += 1
         sequence.order = self._n_submitted
         if not self._can_shift:
             sequence.n_keep = None
         if sequence.n_keep is not None:
             n_keep = sequence.n_prompt if sequence.n_keep < 0 else sequence.n_keep
-            sequence.n_keep = min(n_keep, self._n_ctx // 2)
+            sequence.n_keep = min(n_keep, self._n_ctx_seq // 2)
         self._waiting.append(sequence)
 
     def on_decoded(self, batch: Batch, elapsed_s: float) -> None:
@@ -103,7 +106,7 @@ class Batcher:
         sequence.n_generated += 1
         if sequence.n_generated >= sequence.n_predict:
             return False
-        if len(sequence.tokens) < self._n_ctx:
+        if len(sequence.tokens) < self._n_ctx_seq:
             return True
         if sequence.n_keep is None:
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from shimpy.engine.backend import Backend, Sampler
+from shimpy.engine.backend import Backend, Sampler, n_ctx_seq
 from shimpy.engine.intake import Prompted
 from shimpy.engine.sequence import Sequence
 from shimpy.engine.text import Attached, TextStream
@@ -48,7 +48,7 @@ class Generation:
 
     def __init__(self, work: Prompted, backend: Backend, sampler: Sampler, pieces: Pieces) -> None:
         submit = work.submit
-        n_max = MAX_CONTEXTS * backend.n_ctx
+        n_max = MAX_CONTEXTS * n_ctx_seq(backend)
         self.request = submit.request
         self.sequence = Sequence(
             request=submit.request,

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from shimpy.engine.backend import Backend
+from shimpy.engine.backend import Backend, n_ctx_seq
 from shimpy.engine.prompt import Prompts, check_ids, fit_prompt
 from shimpy.errors import (
     ContextExceededError,
@@ -137,7 +137,9 @@ class Intake:
         if self._embeds:
             raise UnsupportedError("the model was loaded for embeddings; it does not generate")
         ids = self._prompts.tokenize(submit.prompt, add_bos=submit.add_bos)
-        ids = fit_prompt(ids, n_ctx=backend.n_ctx, n_keep=submit.n_keep, truncate=submit.truncate)
+        ids = fit_prompt(
+            ids, n_ctx=n_ctx_seq(backend), n_keep=submit.n_keep, truncate=submit.truncate
+        )
         return Prompted(submit, ids, arrived_s)
 
     def _inputs(self, backend: Backend, embed: Embed) -> Inputs:

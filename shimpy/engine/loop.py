@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Final, assert_never
 
-from shimpy.engine.backend import Backend, DecodeStatus
+from shimpy.engine.backend import Backend, DecodeStatus, n_ctx_seq
 from shimpy.engine.batcher import Batch, Batcher
 from shimpy.engine.embeddings import Embeddings
 from shimpy.engine.generation import Generation, Pieces
@@ -65,6 +65,7 @@ class Engine:
         self._batcher = Batcher(
             n_slots=backend.n_slots,
             n_ctx=backend.n_ctx,
+            n_ctx_seq=n_ctx_seq(backend),
             n_batch=min(backend.n_batch, max(n_ubatch, backend.n_slots)),
             can_split=backend.can_split,
             can_shift=backend.can_shift,

@@ -8,13 +8,14 @@ takes hardly more time, as with experts in RAM that are copied over for each bat
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 MIN_CHUNK: Final = 128
 # A batch may take this long...
 STALL_S: Final = 0.1
 # ...or this much longer than one of MIN_CHUNK, if that is more.
-MAX_SLOWDOWN: Final = 1.25
+MAX_SLOWDOWN: Final = 1.5
 # A batch counts for its size when it is nearly as large.
 _FULL: Final = 0.9
 # Weight of a new measurement in the running mean.
@@ -43,13 +44,35 @@ class Pace:
         self.chunk = min(self._choose(), self._n_most)
 
     def _choose(self) -> int:
-        """Return the largest size that is known to be quick enough, or one that must be."""
+        """Return the largest size that is quick enough, as far as is known."""
         limit_s = max(STALL_S, MAX_SLOWDOWN * self._mean_s.get(MIN_CHUNK, 0.0))
-        best = MIN_CHUNK
         for size, mean_s in self._mean_s.items():
-            if mean_s <= limit_s:
-                best = max(best, size)
-            else:
+            if mean_s > limit_s:
                 self._mean_s[size] = _FADING * mean_s
-        is_known = 2 * best in self._mean_s
-        return best if is_known or 2 * self._mean_s.get(best, limit_s) > limit_s else 2 * best
+        best = size = MIN_CHUNK
+        while size < self._n_most:
+            size *= 2
+            if self._expected_s(size) <= limit_s:
+                best = size
+        return best
+
+    def _expected_s(self, size: int) -> float:
+        """Return how long a batch should take: measured, or else on a line through what was.
+
+        A batch costs something by itself (experts are copied to the GPU for each) and something
+        for each token, so two sizes tell the line; one tells at most that it is in proportion.
+        """
+        known = sorted(self._mean_s)
+        above = next((n for n in known if n >= size), None)
+        below = [n for n in known if n <= size][-2:]
+        if above == size:
+            return self._mean_s[size]
+        if not below:
+            return math.inf if above is None else self._mean_s[above]
+        if above is not None:
+            below = [below[-1], above]
+        if len(below) == 1:
+            return self._mean_s[below[0]] * size / below[0]
+        first, second = below
+        per_token_s = (self._mean_s[second] - self._mean_s[first]) / (second - first)
+        return self._mean_s[second] + max(0.0, per_token_s) * (size - second)

@@ -187,6 +187,7 @@ def _rung_parts(rung: Rung) -> dict[str, Any]:
             "n_ubatch": placement.n_ubatch,
             "load_mode": placement.load_mode,
             "kv_type": placement.kv_type,
+            "flash_attn": placement.flash_attn,
             "tensor_split": list(placement.tensor_split),
         },
         "devices": [

@@ -43,6 +43,8 @@ class Placement:
     n_ubatch: int
     load_mode: LoadMode
     kv_type: KvType
+    # Off where the CPU computes attention and has the memory to do without.
+    flash_attn: bool = True
     # Names of the devices in use, with the share of the layers of each; empty on a CPU.
     devices: tuple[str, ...] = ()
     tensor_split: tuple[float, ...] = ()

@@ -44,6 +44,7 @@ def load_message(model: Model, rung: Rung, n_threads: int) -> Load:
         n_cpu_moe=placement.n_cpu_moe,
         load_mode=placement.load_mode,
         kv_type=placement.kv_type,
+        flash_attn="auto" if placement.flash_attn else "off",
         n_threads=n_threads,
         devices=list(placement.devices),
         tensor_split=list(placement.tensor_split),

@@ -19,6 +19,7 @@ class Bench:
             **{
                 "n_slots": 4,
                 "n_ctx": 4096,
+                "n_ctx_seq": shape.get("n_ctx", 4096),
                 "n_batch": 512,
                 "can_split": True,
                 "can_shift": True,
@@ -80,7 +81,7 @@ def test_beside_a_stream_chunks_grow_where_they_are_quick() -> None:
     bench.submit(5)
     bench.step()
     long = bench.submit(1500)
-    assert [bench.step()[long] for _ in range(4)] == [128, 256, 511, 511]
+    assert [bench.step()[long] for _ in range(3)] == [128, 511, 511]
 
 
 def test_only_the_last_token_of_a_prompt_gives_logits() -> None:
@@ -319,3 +320,11 @@ def test_there_are_no_more_slots_than_tokens_in_a_batch() -> None:
 
 def test_nothing_to_do_is_no_batch() -> None:
     assert Bench().batcher.next_batch(0.0) is None
+
+
+def test_a_sequence_ends_at_the_models_own_length() -> None:
+    """The cache holds several sequences; none grows past what the model was trained for."""
+    bench = Bench(n_ctx=4096, n_ctx_seq=64)
+    sequence = bench.submit(60)
+    bench.batcher.next_batch(0.0)
+    assert [bench.batcher.on_token(sequence, 9) for _ in range(4)] == [True, True, True, False]

@@ -32,13 +32,14 @@ def test_on_a_slow_machine_chunks_stay_short(alone: int) -> None:
 def test_on_a_gpu_they_grow_to_what_the_stall_allows() -> None:
     """Doubled once too often now and then, when the bad mark has faded."""
     sizes = settle(lambda n: 0.008 + n * 0.00008)
-    assert sizes[:5] == [128, 256, 512, 1024, 1024]
+    assert sizes[:4] == [128, 512, 1024, 1024]
     assert set(sizes[3:]) == {1024}
 
 
 def test_where_the_cost_is_the_same_for_any_length_they_are_long() -> None:
     """Experts in RAM are copied to the GPU for each batch, however short."""
-    assert settle(lambda n: 0.187 + n * 0.000023, alone=2048)[2:] == [2048] * 38
+    for alone in (512, 2048):
+        assert settle(lambda n: 0.17 + n * 0.000032, alone=alone)[2:] == [2048] * 38
 
 
 def test_they_are_never_longer_than_a_batch() -> None:

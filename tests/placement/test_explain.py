@@ -26,6 +26,7 @@ PLACEMENT_KEYS = {
     "n_ubatch": int,
     "load_mode": str,
     "kv_type": str,
+    "flash_attn": bool,
     "tensor_split": list,
 }
 DEVICE_KEYS = [
