@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -49,8 +50,19 @@ def daemon(
 def kill_endless(url: str) -> None:
     """Kill the worker that writes without end."""
     listed = httpx.get(f"{url}/api/ps", trust_env=False).json()["models"]
-    (pid,) = (model["pid"] for model in listed if model["name"] == "endless:latest")
+    (pid,) = (
+        model["pid"]
+        for model in listed
+        if model["name"] == "endless:latest" and model["state"] == "ready"
+    )
     os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_nothing_behind() -> Iterator[None]:
+    """Close what a client left open while its module's own warning filters still count."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

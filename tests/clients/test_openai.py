@@ -22,7 +22,7 @@ FUNCTION: Any = {
     "description": "Say what the weather is.",
     "parameters": {
         "type": "object",
-        "properties": {"city": {"type": "string"}},
+        "properties": {"city": {"type": "string", "maxLength": 12}},
         "required": ["city"],
         "additionalProperties": False,
     },
