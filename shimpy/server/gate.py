@@ -23,7 +23,8 @@ from shimpy.server.errors import ForbiddenError, UnauthorizedError
 
 # For load balancers, monitors, and clients that look whether anybody is there.
 _OPEN = frozenset({"/", "/health", "/v1/health", "/ready"})
-_ADMIN = frozenset({"/api/reload"})
+# /diag names folders and settings.
+_ADMIN = frozenset({"/api/reload", "/diag"})
 # Ollama's and shimpy's own routes that change nothing though they are no GET.
 _INFER = frozenset(
     {

@@ -126,7 +126,7 @@ def test_every_route_s_scope_is_what_it_should_be() -> None:
     for route in all_routes():
         needs.setdefault(scope_of(route.method, route.path), set()).add(route.path)
     assert needs[None] <= {"/", "/health", "/v1/health", "/ready"}
-    assert needs.get("admin", set()) <= {"/api/reload"}
+    assert needs.get("admin", set()) == {"/api/reload", "/diag"}
     for path in ("/api/delete", "/api/create", "/api/copy", "/api/blobs/{digest}"):
         assert path in needs["manage"]
     assert not any(path.startswith("/v1/") for path in needs["manage"])

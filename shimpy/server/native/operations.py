@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from aiohttp import web
 
 from shimpy.server.metrics import CONTENT_TYPE
+from shimpy.server.openapi import describe, routes_of
 from shimpy.server.services import services_of
 from shimpy.server.streaming import json_response
 
@@ -23,6 +26,11 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 
+async def openapi(request: web.Request) -> web.Response:
+    """GET /openapi.json: what can be asked for here, for programs."""
+    return json_response(await asyncio.to_thread(describe, routes_of(request.app)))
+
+
 async def reload(request: web.Request) -> web.Response:
     """POST /api/reload: read the config again, as at SIGHUP."""
     services = services_of(request)
@@ -30,6 +38,7 @@ async def reload(request: web.Request) -> web.Response:
 
 
 ROUTES = [
+    web.get("/openapi.json", openapi),
     web.post("/api/reload", reload),
     web.get("/ready", ready),
     web.get("/metrics", metrics),
