@@ -16,6 +16,7 @@ from shimpy.units import parse_bytes
 
 if TYPE_CHECKING:
     from shimpy.config import Config
+    from shimpy.errors import NotFoundError
     from shimpy.gguf.arch import ModelShape
     from shimpy.placement.explain import PlanReport
     from shimpy.placement.hardware import Hardware
@@ -104,17 +105,47 @@ def find_model(text: str, config: Config) -> tuple[str, ModelShape]:
     """
     path = Path(text).expanduser()
     if path.suffix.lower() == ".gguf":
-        from shimpy.gguf.arch import describe_model
-        from shimpy.gguf.reader import read_header
-
-        return path.name, describe_model(read_header(path))
+        return path.name, _read_shape([path])
+    from shimpy.config import tool_folders
+    from shimpy.errors import NotFoundError
+    from shimpy.registry.own import BuiltIn
     from shimpy.registry.registry import Registry
+    from shimpy.registry.tools import tool_sources
 
-    registry = Registry(config.model_dirs, index_path=config.state_dir / "index.sqlite")
+    folders = tool_folders()
+    registry = Registry(
+        config.model_dirs,
+        index_path=config.state_dir / "index.sqlite",
+        before=[BuiltIn()],
+        after=tool_sources({tool: folders[tool] for tool in config.stores}),
+    )
     registry.refresh()
-    model = registry.resolve(text)
+    try:
+        model = registry.resolve(text)
+    except NotFoundError as error:
+        # Its store, and folders given as flags, are known to a running daemon alone.
+        return text, _read_shape(_ask_daemon_for_files(text, error))
     assert model.shape is not None, "resolve returns only models that can be used"
     return str(model.name), model.shape
+
+
+def _read_shape(files: list[Path]) -> ModelShape:
+    from shimpy.gguf.arch import describe_model
+    from shimpy.gguf.reader import read_files, read_header
+
+    return describe_model(read_header(files[0]) if len(files) == 1 else read_files(files))
+
+
+def _ask_daemon_for_files(name: str, error: NotFoundError) -> list[Path]:
+    from shimpy.client import Client
+    from shimpy.config import client_url
+    from shimpy.errors import UnreachableError
+
+    try:
+        with Client(client_url()) as client:
+            return [Path(path) for path in client.show(name)["files"]]
+    except UnreachableError:
+        raise error from None
 
 
 def plan_options(

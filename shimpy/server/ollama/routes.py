@@ -35,9 +35,9 @@ from shimpy.server.ollama.wire import (
     to_ns,
 )
 from shimpy.server.planning import plan_model
-from shimpy.server.record import record_of
+from shimpy.server.record import Record, record_of
 from shimpy.server.requests import ChatPrompt, GenerationRequest, PlainPrompt
-from shimpy.server.services import services_of
+from shimpy.server.services import Services, services_of
 from shimpy.server.streaming import (
     NDJSON,
     SSE,
@@ -73,8 +73,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     services, record = services_of(request), record_of(request)
     body = await read_body(request, GenerateBody)
     asked = parse_generate(body)
-    if _is_empty(asked):
-        reason = await _load_or_unload(request, asked)
+    if is_empty(asked):
+        reason = await load_or_unload(services, asked, record)
         return json_response(answers.idle_generate(asked.model, reason))
     events = run_generation(services, asked, record)
     if body.stream is not False and _wants_sse(request):
@@ -90,8 +90,8 @@ async def chat(request: web.Request) -> web.StreamResponse:
     services, record = services_of(request), record_of(request)
     body = await read_body(request, ChatBody)
     asked = parse_chat(body)
-    if _is_empty(asked):
-        reason = await _load_or_unload(request, asked)
+    if is_empty(asked):
+        reason = await load_or_unload(services, asked, record)
         return json_response(answers.idle_chat(asked.model, reason))
     chunks = answers.chat_chunks(run_generation(services, asked, record), model=asked.model)
     if body.stream is False:
@@ -169,6 +169,7 @@ async def show(request: web.Request) -> web.Response:
             "modified_at": format_local_time(model.modified_s),
             "experts": listing.experts(model),
             "source": model.source,
+            "files": [str(path) for path in model.files],
             "aliases": [str(alias) for alias in model.aliases],
             "plan": await plan_model(services, model),
         }
@@ -188,7 +189,7 @@ ROUTES = [
 ]
 
 
-def _is_empty(asked: GenerationRequest) -> bool:
+def is_empty(asked: GenerationRequest) -> bool:
     """Whether there is nothing to answer, so that the model is only to be loaded or unloaded."""
     match asked.prompt:
         case PlainPrompt(text=text):
@@ -199,8 +200,8 @@ def _is_empty(asked: GenerationRequest) -> bool:
             return False
 
 
-async def _load_or_unload(request: web.Request, asked: GenerationRequest) -> str:
-    services, record = services_of(request), record_of(request)
+async def load_or_unload(services: Services, asked: GenerationRequest, record: Record) -> str:
+    """Load or, where nothing of it is to stay, unload a model; return the word for that."""
     if asked.keep_alive_s == 0:
         await unload_model(services, asked.model, record)
         return "unload"
