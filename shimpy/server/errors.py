@@ -2,13 +2,14 @@
 
     InvalidName, InvalidOption, ContextExceeded, Unsupported, other UserErrors   400
     Unauthorized                                                                 401
-    Forbidden                                                                    403
+    Forbidden, Offline                                                           403
     NotFound                                                                     404
     BodyTooLarge                                                                 413
     Registry, Gguf: a model whose file is broken                                 422
     QueueFull, HeldBack, Stopping                              503 with Retry-After
     DoesNotFit, other CapacityErrors                                             507
     Load, WorkerDied, Protocol, other ShimpyErrors                               500
+    Remote: a hub or another server failed or refused                            502
     anything else: a bug, logged with its traceback under the request's id       500
 
 507 (insufficient storage) sets a model that this machine cannot hold apart from a failure, and
@@ -30,8 +31,10 @@ from shimpy.errors import (
     HeldBackError,
     LoadError,
     NotFoundError,
+    OfflineError,
     QueueFullError,
     RegistryError,
+    RemoteError,
     ShimpyError,
     StoppingError,
     UnsupportedError,
@@ -107,6 +110,8 @@ _STATUS: dict[type[ShimpyError], int] = {
     HeldBackError: 503,
     CapacityError: 507,
     RegistryError: 422,
+    OfflineError: 403,
+    RemoteError: 502,
     ShimpyError: 500,
 }
 
