@@ -22,6 +22,7 @@ from shimpy.server.ollama.wire import (
     ChatChunk,
     GenerateChunk,
     Logprob,
+    measured_ns,
     now_text,
     to_ns,
 )
@@ -125,7 +126,7 @@ def final_fields(event: Finished) -> dict[str, Any]:
         "done": True,
         "done_reason": event.reason,
         "total_duration": to_ns(event.total_s),
-        "load_duration": to_ns(event.load_s),
+        "load_duration": measured_ns(event.load_s),
         "prompt_eval_count": event.n_prompt,
         "prompt_eval_duration": to_ns(event.prefill_s),
         "eval_count": event.n_generated,

@@ -32,6 +32,7 @@ from shimpy.server.ollama.wire import (
     GenerateChunk,
     ShowBody,
     format_local_time,
+    measured_ns,
     to_ns,
 )
 from shimpy.server.planning import plan_model
@@ -108,7 +109,7 @@ async def embed(request: web.Request) -> web.Response:
             model=asked.model,
             embeddings=[vector.tolist() for vector in found.vectors],
             total_duration=to_ns(found.total_s),
-            load_duration=to_ns(found.load_s),
+            load_duration=measured_ns(found.load_s),
             prompt_eval_count=found.n_tokens,
         )
     )

@@ -268,6 +268,14 @@ def now_text() -> str:
     return format_time(time.time_ns())
 
 
+def measured_ns(seconds: float) -> int:
+    """Return a duration in nanoseconds, at least one.
+
+    Ollama leaves out zeros, but what it measures never is: some clients demand the field.
+    """
+    return max(1, to_ns(seconds))
+
+
 def to_ns(seconds: float) -> int:
     """Return a duration in nanoseconds."""
     return round(seconds * 1e9)
