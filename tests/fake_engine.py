@@ -120,7 +120,10 @@ class FakeEngine:
                     Embedded(request=message.request, n_embd=1, data=b"\0\0\0\0", n_tokens=1)
                 )
             case Tokenize():
-                self._send(Tokenized(request=message.request, ids=[1], text=message.text))
+                pieces = [message.text.encode()] if message.wants_pieces else []
+                self._send(
+                    Tokenized(request=message.request, ids=[1], text=message.text, pieces=pieces)
+                )
             case Cancel():
                 self._cancelled.add(message.request)
                 _tell(self._script.cancel_tells)
