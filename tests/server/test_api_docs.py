@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
+import tomli
+
 from shimpy.server.app import all_routes
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
+
+PROJECT = PAGE.parents[1] / "pyproject.toml"
+PACKAGE = Path(__file__).parents[1] / "clients" / "js" / "package.json"
 
 # | `GET` `HEAD /api/tags` | ..., | `POST /v1/completions` | ...
 _ROW = re.compile(r"^\| ((?:`[A-Z]+` )*`[A-Z]+ /[^`]*`)", re.MULTILINE)
@@ -30,6 +36,19 @@ def served() -> set[tuple[str, str]]:
         path = re.sub(r"\{(\w+):[^}]*\}", r"{\1}", route.path)
         found.add((route.method, path))
     return found
+
+
+def test_the_clients_are_listed_at_the_versions_that_are_tested() -> None:
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    extras = tomli.loads(PROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    tested = dict(pin.split("==") for pin in extras["clients"])
+    tested |= msgspec.json.decode(PACKAGE.read_bytes())["dependencies"]
+    # A validator that the others are used with.
+    del tested["zod"]
+    for name, version in tested.items():
+        # llama-index's two packages share a row and the beginning of their names.
+        short = name.removeprefix("llama-index")
+        assert any(short in row and version in row for row in rows), f"{name} {version}"
 
 
 def test_every_route_is_documented() -> None:
