@@ -62,15 +62,22 @@ def parse_chat(body: ChatBody) -> Completions:
         parse_tools(body.tools or []),
         allows_several=body.parallel_tool_calls is not False,
     )
+    messages = parse_messages(body.messages)
+    if body.continue_final_message and messages[-1].role != "assistant":
+        raise InvalidOptionError(
+            "continue_final_message needs a last message of the assistant's",
+            option="continue_final_message",
+        )
     output_format = parse_format(body.response_format, name="response_format")
     check_grammar(body.grammar, has_format=output_format is not None)
     effort = body.reasoning.effort if body.reasoning is not None else None
     request = GenerationRequest(
         model=parse_model(body.model),
         prompt=ChatPrompt(
-            messages=parse_messages(body.messages),
+            messages=messages,
             tools=tools,
             tool_choice=choice,
+            continues=bool(body.continue_final_message),
             variables=body.chat_template_kwargs or {},
         ),
         options=parse_sampling(

@@ -136,6 +136,8 @@ class ChatBody(SamplingBody, kw_only=True):
     # Additions.
     reasoning: ReasoningBody | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    # vLLM's: the answer goes on from the last message, which is the assistant's.
+    continue_final_message: bool | None = None
 
 
 class CompletionBody(SamplingBody, kw_only=True):

@@ -200,6 +200,16 @@ async def test_parts_of_text_and_null_content_are_taken(app: Running) -> None:
     assert answer["choices"][0]["message"]["content"] == CHAIN_TEXT
 
 
+async def test_an_answer_may_go_on_from_the_last_message(app: Running) -> None:
+    messages = [*USER, {"role": "assistant", "content": "Once upon"}]
+    counts = [
+        (await post(app, messages=messages, max_tokens=1, continue_final_message=on))["usage"]
+        for on in (True, False)
+    ]
+    # No end of the turn, and no header of another.
+    assert counts[0]["prompt_tokens"] < counts[1]["prompt_tokens"]
+
+
 async def test_unset_and_unknown_fields_are_nothing(app: Running) -> None:
     nothing: dict[str, Any] = dict.fromkeys(UNSET_FIELDS)
     answer = await post(app, **nothing, service_tier="auto", nonsense=[1], metadata={"a": "b"})
@@ -385,6 +395,7 @@ async def test_keep_alive_works_here_too(app: Running) -> None:
         ({"messages": [{"role": "boss", "content": "x"}]}, 400, "role", "messages[0].role"),
         ({"messages": "x"}, 400, '"messages" must be a list', "messages"),
         ({"n": 0}, 400, "1 to 64", "n"),
+        ({"continue_final_message": True}, 400, "assistant", "continue_final_message"),
         ({"n": 65}, 400, "1 to 64", "n"),
         ({"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs", "top_logprobs"),
         ({"temperature": "warm"}, 400, '"temperature" must be a number', "temperature"),
