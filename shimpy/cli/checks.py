@@ -251,5 +251,5 @@ def _first_unreadable(folder: Path) -> Path | None:
 
 
 def _device_files() -> list[Path]:
-    names = ("nvidiactl", "nvidia-uvm", "nvidia[0-9]*", "kfd", "dri/renderD*")
+    names = ("nvidiactl", "nvidia-uvm", "nvidia[0-9]*", "kfd", "dri/render*")
     return [path for name in names for path in sorted(Path("/dev").glob(name))]

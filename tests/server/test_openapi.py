@@ -115,7 +115,8 @@ def test_no_request_gives_a_500_or_leaks(
     assert after[1] <= before[1] + _FEW_FILES
     print(f"{n_sent} requests; files, tasks, RSS: {before} -> {after}")  # noqa: T201
     if N_REQUESTS > 1000:
-        assert after[2] <= before[2] * 1.5
+        # Hypothesis remembers in this process, too, what it has drawn.
+        assert after[2] <= before[2] * 2
 
 
 async def _send(app: Running, drawn: Drawn) -> httpx.Response:
