@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from shimpy.cli.units import SYSTEM_UNITS, USER_UNITS, find_program, read_unit
 
 FOLDER = Path(__file__).parents[2] / "systemd"
+SESSION = Path(__file__).with_name("session.py")
 EXPOSURE_AT_MOST = "30"  # tenths
 
 needs_analyze = pytest.mark.skipif(
@@ -80,3 +82,64 @@ def test_the_program_is_the_one_that_installs() -> None:
 def test_all_units_are_installed() -> None:
     there = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.is_file()}
     assert there == {*SYSTEM_UNITS, *USER_UNITS}
+
+
+def calls_of(group: str, known: dict[str, list[str]]) -> set[str]:
+    """The system calls of a group such as @system-service, those of its groups included."""
+    found = set()
+    for name in known[group]:
+        found |= calls_of(name, known) if name.startswith("@") else {name}
+    return found
+
+
+def allowed_calls() -> set[str]:
+    """What the unit's SystemCallFilter lines leave, by systemd's own lists."""
+    listed = subprocess.run(
+        ["systemd-analyze", "--no-pager", "syscall-filter"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=50,
+    )
+    known: dict[str, list[str]] = {}
+    group = ""
+    for line in listed.stdout.splitlines():
+        if line.startswith("@"):
+            group = line.strip()
+            known[group] = []
+        elif line.strip() and not line.strip().startswith("#") and group:
+            known[group].append(line.strip())
+    allowed: set[str] = set()
+    unit = (FOLDER / "shimpy.service").read_text(encoding="utf-8")
+    for value in re.findall(r"(?m)^SystemCallFilter=(.*)$", unit):
+        names = value.removeprefix("~").split()
+        calls = {c for name in names for c in (calls_of(name, known) if name[0] == "@" else {name})}
+        allowed = allowed - calls if value.startswith("~") else allowed | calls
+    return allowed
+
+
+@needs_analyze
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace")
+def test_a_session_needs_no_call_that_is_filtered(tmp_path: Path) -> None:
+    """Without a card: what CUDA calls was not traced; its calls get EPERM, not a signal."""
+    trace = tmp_path / "trace"
+    argv = ["strace", "-f", "-qq", "-o", str(trace), sys.executable, str(SESSION), str(tmp_path)]
+    root = str(FOLDER.parent)
+    done = subprocess.run(
+        argv,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    if done.returncode == 1 and "ptrace" in done.stderr.lower():
+        pytest.skip("tracing is not allowed here")
+    assert done.returncode == 0, done.stderr
+    made = set(re.findall(r"(?m)^\d+ +(\w+)\(", trace.read_text(errors="replace")))
+    assert {"socket", "execve", "mmap"} <= made
+    # SQLite gives files to their owner when it runs as root, which the service never does.
+    as_root = {"fchown"} if os.geteuid() == 0 else set()
+    assert made - as_root - allowed_calls() == set()
