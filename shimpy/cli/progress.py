@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Protocol
 
+from shimpy.cli.output import hint
+
 
 class BytesProgress(Protocol):
     """Shows how far things are."""
@@ -14,10 +16,17 @@ class BytesProgress(Protocol):
     def show(self, what: str, completed: int, total: int) -> None:
         """Show that of `what`, `completed` of `total` bytes are done."""
 
+    def say(self, text: str) -> None:
+        """Print a line on standard error, above the bars."""
+
 
 class _Silent:
     def show(self, what: str, completed: int, total: int) -> None:
         """Show nothing."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        hint(text)
 
 
 @contextlib.contextmanager
@@ -49,6 +58,10 @@ def bytes_progress() -> Iterator[BytesProgress]:
             if what not in self._tasks:
                 self._tasks[what] = self._progress.add_task(what, total=total)
             self._progress.update(self._tasks[what], completed=completed, total=total)
+
+        def say(self, text: str) -> None:
+            """Print a line; the bars move down."""
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     columns = (
         TextColumn("{task.description}"),

@@ -31,7 +31,6 @@ def command(model: str, *, force: bool) -> None:
 
 def show_pull(lines: Iterable[dict[str, Any]]) -> str:
     """Show on standard error what a pull does, and return the name of its model."""
-    from shimpy.cli.output import hint
     from shimpy.cli.progress import bytes_progress
 
     model = ""
@@ -41,7 +40,7 @@ def show_pull(lines: Iterable[dict[str, Any]]) -> str:
                 completed = line.get("completed", 0)
                 progress.show(line["file"], completed, line.get("total", completed))
                 continue
-            hint(line["status"])
+            progress.say(line["status"])
             model = line.get("model", model)
     return model
 
