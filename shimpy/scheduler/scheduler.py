@@ -67,7 +67,7 @@ class Scheduler:
         self._last_request = 0
         self._timer: TimerHandle | None = None
         self._journal = Journal()
-        self._all_stopped = asyncio.Event()
+        self._worker_gone = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
@@ -117,6 +117,12 @@ class Scheduler:
         )
         self._carry_out(self._core.on_unload(name, self._clock.now()))
         return is_loaded
+
+    async def wait_unloaded(self, name: str) -> None:
+        """Wait until no worker has a model any more, and its memory is free."""
+        while any(resident.key == name for resident in self._core.residents.values()):
+            self._worker_gone.clear()
+            await self._worker_gone.wait()
 
     def reconfigure(self, config: Config) -> None:
         """Use another config for the loads and requests that come."""
@@ -315,13 +321,12 @@ class Scheduler:
         _log.info("worker_exit", worker=worker_id, kind=end.kind.value, reason=end.reason)
         self._carry_out(self._core.on_worker_exit(worker_id, end, self._clock.now()))
         del self._workers[worker_id]
-        if not self._workers:
-            self._all_stopped.set()
+        self._worker_gone.set()
 
     async def _wait_no_workers(self) -> None:
         while self._workers:
-            self._all_stopped.clear()
-            await self._all_stopped.wait()
+            self._worker_gone.clear()
+            await self._worker_gone.wait()
 
     # --- reports --------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from shimpy.server.gate import peer_uid
 from shimpy.server.guard import cors_headers
 from shimpy.server.llamacpp import ranking, reports, texts
 from shimpy.server.llamacpp import routes as llamacpp
-from shimpy.server.native import catalog, operations, store
+from shimpy.server.native import catalog, diagnosis, models, operations, sockets, store
 from shimpy.server.native import routes as native
 from shimpy.server.ollama import library, pull
 from shimpy.server.ollama import routes as ollama
@@ -68,6 +68,9 @@ def all_routes() -> list[web.RouteDef]:
         *ranking.ROUTES,
         *reports.ROUTES,
         *native.ROUTES,
+        *models.ROUTES,
+        *sockets.ROUTES,
+        *diagnosis.ROUTES,
         *catalog.ROUTES,
         *store.ROUTES,
         *operations.ROUTES,

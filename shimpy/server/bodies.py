@@ -40,15 +40,18 @@ _WORDS = {
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-async def read_body(request: web.Request, wanted: type[T]) -> T:
+async def read_body(request: web.Request, wanted: type[T], *, may_be_empty: bool = False) -> T:
     """Return the request's JSON body as a `wanted` struct.
+
+    No body at all is an empty object where it `may_be_empty`.
 
     Raises:
         UserError: no body, no JSON, or a field of a wrong type (the message names it).
         BodyTooLargeError: over the limit of `max_body`.
         BodyTimeoutError: it has stopped coming.
     """
-    return parse_body(await _read(request), wanted)
+    body = await _read(request)
+    return parse_body(body or b"{}" if may_be_empty else body, wanted)
 
 
 async def _read(request: web.Request) -> bytearray:

@@ -54,7 +54,7 @@ async def run_choices(
                 async for item in events:
                     yield item
         finally:
-            _sum_up(record, parts)
+            sum_up(record, parts)
 
 
 def check_choices(n_prompts: int, n: int) -> None:
@@ -106,7 +106,7 @@ async def _side_by_side(
             await events.aclose()
 
 
-def _sum_up(record: Record, parts: Sequence[Record]) -> None:
+def sum_up(record: Record, parts: Sequence[Record]) -> None:
     """Let the request's record have the sums over its choices, and the times of the slowest."""
     for name in ("n_prompt", "n_cached", "n_generated"):
         setattr(record, name, sum(getattr(part, name) or 0 for part in parts))

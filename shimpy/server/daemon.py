@@ -90,7 +90,9 @@ def _tidy(store: Store) -> None:
     except RegistryError as error:
         _log.warning("not_collected", reason=error.message)
     else:
-        _log.info("collected", n_files=collected.n_files, freed_bytes=collected.freed_bytes)
+        if collected.n_files:
+            n_files, freed_bytes = collected.n_files, collected.freed_bytes
+            _log.info("collected", n_files=n_files, freed_bytes=freed_bytes)
     for path, problem in store.damaged.items():
         _log.warning("damaged", path=str(path), reason=problem)
 
@@ -313,7 +315,7 @@ async def _drain(services: Services, connections: Connections, stop: StopSignals
     lifecycle, timeout_s = services.lifecycle, services.config.drain_timeout
     notify("STOPPING=1")
     _log.info("draining", n_running=lifecycle.n_running, timeout_s=timeout_s)
-    lifecycle.is_stopping = True
+    lifecycle.begin_stop()
     connections.stop_listening()
     # They are kept as far as they are; waiting for gigabytes to come is no use.
     await services.pulls.close()

@@ -29,6 +29,8 @@ class Lifecycle:
     """Which requests run, and whether the daemon is going down."""
 
     is_stopping: bool = False
+    # Set when the daemon begins to stop: those that only wait for their client end then.
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _running: set[asyncio.Task[object]] = field(default_factory=set)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -36,6 +38,11 @@ class Lifecycle:
     def n_running(self) -> int:
         """How many requests run."""
         return len(self._running)
+
+    def begin_stop(self) -> None:
+        """Take nothing new from now on."""
+        self.is_stopping = True
+        self.stopping.set()
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -33,7 +33,12 @@ def tag_entry(model: Model) -> dict[str, Any]:
 
 def model_entry(model: Model) -> dict[str, Any]:
     """Return any model, a broken one with its reason, as /api/models lists it."""
-    entry = tag_entry(model) | {
+    entry = tag_entry(model)
+    entry |= {
+        # As the older native form names them.
+        "size_bytes": model.size_bytes,
+        "model_type": entry["details"]["family"],
+        "parameter_count": entry["details"]["parameter_size"],
         "source": model.source,
         "path": str(model.path),
         "aliases": [str(alias) for alias in model.aliases],
