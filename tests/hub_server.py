@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import mmap
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -73,9 +74,10 @@ class Seen:
 
 @dataclass
 class HostedFile:
-    """A file with what the hub knows of it; its data is held or lies in a file."""
+    """A file with what the hub knows of it."""
 
-    data: bytes
+    # Held, or mapped.
+    data: bytes | mmap.mmap
     is_lfs: bool = True
 
     @cached_property
@@ -84,7 +86,7 @@ class HostedFile:
 
     @cached_property
     def git_oid(self) -> str:
-        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()  # noqa: S324
+        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data[:]).hexdigest()  # noqa: S324
 
 
 @dataclass
@@ -294,7 +296,7 @@ class HubServer:
 
     # --- within -----------------------------------------------------------------------------
 
-    def _by_digest(self, digest: str) -> bytes:
+    def _by_digest(self, digest: str) -> bytes | mmap.mmap:
         files = [file for repo in self.repos.values() for file in repo.files.values()]
         files += [HostedFile(data) for layers in self.ollama.values() for _, data in layers]
         return next(file.data for file in files if file.sha256 == digest)
@@ -303,7 +305,7 @@ class HubServer:
         self,
         request: web.Request,
         where: Where,
-        data: bytes,
+        data: bytes | mmap.mmap,
         headers: dict[str, str],
         fault: Fault | None,
     ) -> web.StreamResponse:
@@ -311,22 +313,23 @@ class HubServer:
         if fault.status:
             self._see(where, request)
             return _status(fault)
-        whole = data[: len(data) - fault.shorter_by]
+        size = len(data) - fault.shorter_by
         if fault.etag is not None:
             headers["ETag"] = f'"{fault.etag}"'
-        start, end = 0, len(whole)
+        start, end = 0, size
         http_range = request.http_range
         is_part = "Range" in request.headers and not fault.ignore_range
         if is_part:
             start = http_range.start or 0
-            end = min(len(whole), http_range.stop or len(whole))
-            if start >= len(whole):
+            end = min(size, http_range.stop or size)
+            if start >= size:
                 self._see(where, request)
-                return web.Response(status=416, headers={"Content-Range": f"bytes */{len(whole)}"})
-            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(whole)}"
-        body = whole[start:end]
+                return web.Response(status=416, headers={"Content-Range": f"bytes */{size}"})
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        # A view: a mapped file is larger than memory.
+        body = memoryview(data)[start:end]
         if fault.flip:
-            body = body[:-1] + bytes([body[-1] ^ 1])
+            body = memoryview(bytes(body[:-1]) + bytes([body[-1] ^ 1]))
         response = web.StreamResponse(status=206 if is_part else 200, headers=headers)
         if fault.end_after is None:
             response.content_length = len(body)
@@ -341,7 +344,7 @@ class HubServer:
         self,
         request: web.Request,
         response: web.StreamResponse,
-        body: bytes,
+        body: memoryview,
         fault: Fault,
         seen: Seen,
     ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from shimpy.registry.fetch import Retries, Stop
 from shimpy.registry.hub import fetch_repository
 from shimpy.registry.preview import fetch_header
 from shimpy.registry.remote import RemoteFile
-from tests.hub_server import Fault, HubServer
+from tests.hub_server import Fault, HostedFile, HubServer
 from tests.hubs import hub
+from tests.shapes import deepseek_moe_16b, write_gguf
 from tests.synthetic import write_deepseek, write_preset
 
 __all__ = ["hub"]
@@ -51,6 +53,22 @@ def test_little_more_than_the_header_is_read(hub: HubServer, big_model: Path) ->
     starts = [int(text.removeprefix("bytes=").split("-")[0]) for text in ranges]
     ends = [int(text.split("-")[1]) + 1 for text in ranges]
     assert starts == [0, *ends[:-1]]
+
+
+def test_of_a_real_models_file_less_than_a_hundredth_is_read(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    """DeepSeek-MoE 16B in Q4_K_M: its header, and a hole of 10 GiB."""
+    path = write_gguf(tmp_path / "x-Q4_K_M.gguf", deepseek_moe_16b(), "Q4_K_M")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        repo = hub.add("org/repo", {})
+        repo.files[path.name] = HostedFile(data)
+        # Its digest would take a while, and nobody compares it here.
+        vars(repo.files[path.name]).update(sha256="0" * 64, git_oid="0" * 40)
+        header = preview(list(fetch_repository("org/repo").files))
+        assert describe_model(header).n_expert == 64  # type: ignore[arg-type]
+        assert hub.sent() < len(data) / 100
+        hub.repos.clear()
 
 
 def test_a_split_models_shards_are_put_together(hub: HubServer, tmp_path: Path) -> None:

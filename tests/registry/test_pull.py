@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from shimpy.errors import (
@@ -397,6 +398,20 @@ def test_a_private_repository_is_told_from_a_missing_one_only_with_a_token(
 
 def test_a_busy_hub_is_asked_again(pulling: Pulling, tiny: dict[str, Path], hub: HubServer) -> None:
     hub.faults = [Fault(where="api", status=503), Fault(where="api", status=429)]
+    assert pulling.pull("tiny:q8_0").tag == "q8_0"
+
+
+def test_the_environments_proxy_is_used(
+    pulling: Pulling, tiny: dict[str, Path], hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's name leads nowhere; whoever gets there went through the proxy."""
+    address = "http://hub.invalid"
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HTTP_PROXY", hub.url)
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    huggingface_hub.close_session()
     assert pulling.pull("tiny:q8_0").tag == "q8_0"
 
 
