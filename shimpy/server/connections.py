@@ -7,6 +7,7 @@ descriptors: then nothing would work any more, not even what runs already.
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
 import ssl
@@ -22,6 +23,7 @@ IDLE_TIMEOUT_S = 75.0
 _HANDSHAKE_TIMEOUT_S = 15.0
 # Files that the daemon needs beside connections: workers' pipes, the index, downloads.
 _OTHER_FILES = 256
+_MAX_REASON = 200
 
 _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\n"
@@ -81,6 +83,22 @@ class _Refusal(asyncio.Protocol):
         sender = cast("asyncio.Transport", transport)
         sender.write(_BUSY % (len(_BUSY_BODY), _BUSY_BODY))
         sender.close()
+
+
+def http_logger() -> logging.Logger:
+    """Return the logger for aiohttp's own complaints: one line each, in our form."""
+    logger = logging.Logger("shimpy.http", logging.WARNING)  # noqa: LOG001 - ours, not global
+    logger.addHandler(_OneLine())
+    return logger
+
+
+class _OneLine(logging.Handler):
+    """What came was no HTTP, mostly: anybody can send that, and no traceback helps."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        reason = " ".join(str(error or record.getMessage()).split())
+        _log.warning("bad_http", reason=reason[:_MAX_REASON])
 
 
 def allow_files(n_connections: int) -> int:

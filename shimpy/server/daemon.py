@@ -34,7 +34,7 @@ from shimpy.registry.tools import tool_sources
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.server.app import make_app
 from shimpy.server.cards import ModelCards
-from shimpy.server.connections import IDLE_TIMEOUT_S, Connections, allow_files
+from shimpy.server.connections import IDLE_TIMEOUT_S, Connections, allow_files, http_logger
 from shimpy.server.freshness import FreshRegistry
 from shimpy.server.gate import Gate
 from shimpy.server.guard import Guard
@@ -248,6 +248,7 @@ async def _run(
         make_app(services),
         handler_cancellation=True,
         access_log=None,
+        logger=http_logger(),
         shutdown_timeout=_FAREWELL_S,
         keepalive_timeout=IDLE_TIMEOUT_S,
     )

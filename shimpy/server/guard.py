@@ -34,7 +34,7 @@ class Guard:
         Raises:
             ForbiddenError: one of them is foreign.
         """
-        if _is_loopback(self.host) and host and not self._is_own(_hostname(host)):
+        if _is_loopback(self.host) and host and not self._is_own_or_proxy(_hostname(host)):
             raise ForbiddenError(
                 f"the Host {host!r} is not this machine; reach the daemon as localhost, bind it to "
                 f"an address of the network, or name a proxy's own in --origins"
@@ -53,12 +53,14 @@ class Guard:
             return True
         return scheme.lower() in {"http", "https"} and self._is_own(_hostname(netloc))
 
+    def _is_own_or_proxy(self, name: str) -> bool:
+        """Whether a Host is ours, or that of a listed origin: a proxy passes its own on."""
+        proxies = {_hostname(origin.partition("://")[2]) for origin in self.origins} - {""}
+        return self._is_own(name) or name in proxies
+
     def _is_own(self, name: str) -> bool:
         if not name:
             return False
-        if any(name == _hostname(origin.partition("://")[2]) for origin in self.origins):
-            # A page of a proxy before the daemon, which passes its own name on.
-            return True
         # 0.0.0.0 reaches this machine and no other.
         return _is_loopback(name) or name in {self.host.lower(), "0.0.0.0", "::"}  # noqa: S104
 

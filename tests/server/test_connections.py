@@ -19,7 +19,7 @@ from aiohttp import web
 from shimpy.errors import UserError
 from shimpy.server import bodies
 from shimpy.server.app import make_app
-from shimpy.server.connections import Connections, allow_files
+from shimpy.server.connections import Connections, allow_files, http_logger
 from shimpy.server.listening import open_sockets
 from shimpy.server.tls import load_certificate, make_tls
 from tests.daemon import running_daemon
@@ -42,6 +42,7 @@ async def listening(
         make_app(app.services),
         handler_cancellation=True,
         keepalive_timeout=idle_s,
+        logger=http_logger(),
         shutdown_timeout=0.1,
         lingering_time=0.1,
     )
@@ -134,6 +135,25 @@ async def test_a_body_that_lies_about_its_length_harms_nobody(
         )
         assert b"200 OK" in well
     assert "bug" not in capsys.readouterr().out
+
+
+async def test_a_broken_upload_is_the_client_s_fault(app: Running) -> None:
+    head = HEAD.replace(b"/api/show", b"/api/blobs/sha256:" + b"0" * 64)
+    async with listening(app) as port, asyncio.timeout(20):
+        answer = await exchange(port, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+    assert answer[9:12] == b"400", answer
+
+
+async def test_what_is_no_http_is_one_line_in_the_log(
+    app: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A port scanner must not fill the log with tracebacks."""
+    async with listening(app) as port:
+        answer = await exchange(port, b"GET / HTTP/1.1\r\nno header\r\n\r\n")
+        assert answer[9:12] == b"400", answer
+    printed = "".join(capsys.readouterr())
+    assert "bad_http" in printed
+    assert "Traceback" not in printed
 
 
 async def test_a_body_that_stops_coming_is_a_408(

@@ -88,6 +88,32 @@ def test_origins(host: str, origin: str, expected: bool) -> None:
     assert _lets_in(Guard(host=host), "localhost", origin) == expected
 
 
+@pytest.mark.parametrize(
+    ("origins", "origin", "expected"),
+    [
+        (("https://chat.example",), "https://chat.example", True),
+        (("https://chat.example",), "https://CHAT.example", True),
+        (("https://chat.example",), "http://chat.example", False),
+        (("https://chat.example",), "https://chat.example:8443", False),
+        (("https://chat.example",), "https://a.chat.example", False),
+        (("https://chat.example",), "https://chat.example.evil.example", False),
+        (("*",), "https://evil.example", True),
+        (("*",), "null", False),
+    ],
+)
+def test_listed_origins_are_let_in(
+    origins: tuple[str, ...], origin: str, *, expected: bool
+) -> None:
+    guard = Guard(host="127.0.0.1", origins=origins)
+    assert _lets_in(guard, "localhost", origin) == expected
+
+
+def test_a_proxy_of_a_listed_origin_may_pass_its_name_on() -> None:
+    guard = Guard(host="127.0.0.1", origins=("https://chat.example",))
+    assert _lets_in(guard, "chat.example:443")
+    assert not _lets_in(guard, "evil.example")
+
+
 def test_the_bind_address_is_its_own_origin() -> None:
     guard = Guard(host="192.168.0.4")
     assert guard.allows_origin("http://192.168.0.4:11435")

@@ -18,7 +18,7 @@ from shimpy.registry.manifest import Manifest, parse_digest
 from shimpy.registry.model import Model
 from shimpy.registry.settings import ModelSettings, Turn
 from shimpy.registry.store import Store
-from shimpy.server.bodies import read_body
+from shimpy.server.bodies import read_body, read_chunk
 from shimpy.server.cards import make_card
 from shimpy.server.generation import find_model
 from shimpy.server.library import (
@@ -37,8 +37,6 @@ from shimpy.units import format_bytes
 
 # Written at once: each write is a trip to a thread.
 _CHUNK: Final = 4 * 1024 * 1024
-# An uploader that sends nothing for this long is gone.
-_READ_TIMEOUT_S: Final = 60.0
 # Left free by an upload.
 _HEADROOM: Final = 64 * 1024 * 1024
 
@@ -226,11 +224,7 @@ async def _receive(request: web.Request, store: Store, writer: BlobWriter) -> No
     """Write a body to disk as it comes."""
     pending = bytearray()
     while True:
-        try:
-            async with asyncio.timeout(_READ_TIMEOUT_S):
-                data = await request.content.readany()
-        except TimeoutError as error:
-            raise UserError(f"the upload stalled for {_READ_TIMEOUT_S:.0f} s") from error
+        data = await read_chunk(request)
         pending += data
         if len(pending) >= _CHUNK or not data:
             await asyncio.to_thread(_write, store, writer, bytes(pending))
