@@ -29,6 +29,15 @@ PATHS = [
     "/v1/completions",
     "/v1/embeddings",
     "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/completion",
+    "/infill",
+    "/tokenize",
+    "/detokenize",
+    "/apply-template",
+    "/embedding",
+    "/v1/rerank",
 ]
 
 scalars = (
@@ -39,6 +48,13 @@ scalars = (
     | st.text(max_size=20)
     | st.sampled_from(
         ["chain", "json", "5m", "user", "high", "{{ .Prompt }}", "aGk=", "function_call"]
+        + [
+            "tool_use",
+            "tool_result",
+            "any",
+            "enabled",
+            "assistant",
+        ]
     )
 )
 KEYS = (
@@ -47,7 +63,11 @@ KEYS = (
     "role content tool_calls function arguments type parameters properties num_ctx stop seed input "
     "dimensions verbose num_predict logit_bias items enum pattern $ref n best_of echo tool_choice "
     "response_format json_schema schema text effort reasoning summary output call_id instructions "
-    "previous_response_id include max_output_tokens encoding_format tool_call_id mode"
+    "previous_response_id include max_output_tokens encoding_format tool_call_id mode "
+    "stop_sequences thinking tool_use_id source is_error input_schema output_config budget_tokens "
+    "input_prefix input_suffix input_extra filename n_predict n_probs n_cmpl grammar n_indent "
+    "t_max_predict_ms response_fields return_tokens min_p mirostat content_tokens tokens "
+    "add_special with_pieces query documents texts top_n embd_normalize prompt_string"
 )
 keys = st.sampled_from(KEYS.split())
 values = st.recursive(
@@ -74,7 +94,7 @@ def app(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @settings(
     deadline=None,
-    max_examples=200,
+    max_examples=300,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(path=st.sampled_from(PATHS), body=bodies, is_usable=st.booleans())
