@@ -40,22 +40,17 @@ PATHS = [
     "/v1/rerank",
 ]
 
+WORDS = """
+    chain json 5m user assistant high aGk= function_call tool_use tool_result any enabled
+    {{.Prompt}}
+"""
 scalars = (
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=20)
-    | st.sampled_from(
-        ["chain", "json", "5m", "user", "high", "{{ .Prompt }}", "aGk=", "function_call"]
-        + [
-            "tool_use",
-            "tool_result",
-            "any",
-            "enabled",
-            "assistant",
-        ]
-    )
+    | st.sampled_from(WORDS.split())
 )
 KEYS = (
     "model name prompt suffix system template context stream raw format keep_alive images options "
