@@ -8,8 +8,8 @@ from functools import partial
 
 from shimpy.errors import ShimpyError
 from shimpy.registry import hub
+from shimpy.registry.attempts import Retries, Stop
 from shimpy.registry.catalog import Entry
-from shimpy.registry.fetch import Retries, Stop
 from shimpy.registry.offers import find_offer, list_offers, one_of_each
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from shimpy.config import Config
+from shimpy.registry.attempts import Retries
 from shimpy.registry.catalog import CatalogFile
-from shimpy.registry.fetch import Retries
 from shimpy.registry.manifest import Manifest
 from shimpy.registry.pull import Judge, Puller
 from shimpy.registry.sources import Sources
@@ -44,9 +44,9 @@ def make_pulls(
         await registry.scan()
 
     puller = Puller(
-        store=store,
-        sources=Sources(catalog=catalog.current),
+        store,
+        Sources(catalog=catalog.current),
         offline=_OFFLINE if config.offline else None,
-        retries=retries or Retries(),
+        retries=retries,
     )
     return Pulls(puller, tasks=tasks, make_judge=make_judge, on_installed=on_installed)

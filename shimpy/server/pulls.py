@@ -18,9 +18,10 @@ from typing import Final
 
 from shimpy.errors import QueueFullError, ShimpyError, StoppingError
 from shimpy.logs import get_logger
-from shimpy.registry.fetch import Stop, StoppedError
+from shimpy.registry.attempts import Stop, StoppedError
+from shimpy.registry.downloads import Progress
 from shimpy.registry.manifest import Manifest
-from shimpy.registry.pull import Event, Judge, Planned, Progress, Puller, Step
+from shimpy.registry.pull import Event, Judge, Planned, Puller, Step
 from shimpy.registry.reference import Reference
 
 # More at once would only share the line, and a burst of them is nobody's wish.

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from shimpy.errors import DiskFullError, NotFoundError, RemoteError
+from shimpy.registry.attempts import Retries, Stop, StoppedError
 from shimpy.registry.blobs import Blobs, DigestMismatchError
-from shimpy.registry.fetch import Fetcher, Retries, Stop, StoppedError, working_key
+from shimpy.registry.fetch import Fetcher, working_key
 from shimpy.registry.hub import fetch_repository
 from shimpy.registry.reference import UrlReference
 from shimpy.registry.remote import RemoteFile, TransientError

@@ -8,7 +8,7 @@ import pytest
 from shimpy.errors import GgufError, RemoteError
 from shimpy.gguf.arch import describe_model
 from shimpy.gguf.reader import read_header
-from shimpy.registry.fetch import Retries, Stop
+from shimpy.registry.attempts import Retries, Stop
 from shimpy.registry.hub import fetch_repository
 from shimpy.registry.preview import fetch_header
 from shimpy.registry.remote import RemoteFile

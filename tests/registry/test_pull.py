@@ -24,13 +24,14 @@ from shimpy.errors import (
 )
 from shimpy.gguf.arch import ModelShape
 from shimpy.names import ModelName
+from shimpy.registry.attempts import Retries, Stop, StoppedError
 from shimpy.registry.blobs import DigestMismatchError
 from shimpy.registry.catalog import load_catalog
 from shimpy.registry.choice import Verdict
-from shimpy.registry.fetch import Retries, Stop, StoppedError
+from shimpy.registry.downloads import Progress
 from shimpy.registry.manifest import Manifest
 from shimpy.registry.own import StoreModels
-from shimpy.registry.pull import Event, Planned, Progress, Puller, Step
+from shimpy.registry.pull import Event, Planned, Puller, Step
 from shimpy.registry.reference import parse_reference
 from shimpy.registry.registry import Registry
 from shimpy.registry.sources import Sources
@@ -88,8 +89,8 @@ class Pulling:
 
     def _puller(self, sources: Sources, offline: str | None = None) -> Puller:
         return Puller(
-            store=self.store,
-            sources=sources,
+            self.store,
+            sources,
             offline=offline,
             retries=Retries(most=3, first_pause_s=0.001),
         )
@@ -427,7 +428,7 @@ def test_too_little_room_is_told_with_the_figures_before_the_bytes(
     pulling: Pulling, tiny: dict[str, Path], hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)  # type: ignore[attr-defined]
-    monkeypatch.setattr("shimpy.registry.pull.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shimpy.registry.downloads.shutil.disk_usage", lambda _: usage)
     with pytest.raises(DiskFullError, match=r"still to come, and .* has 1000 B free; .* missing"):
         pulling.pull("tiny:q8_0")
     assert not any(isinstance(event, Progress) for event in pulling.events)
@@ -438,7 +439,7 @@ def test_what_is_here_already_needs_no_room(
 ) -> None:
     pulling.pull("tiny:q8_0")
     usage = shutil._ntuple_diskusage(10**9, 10**9, 0)  # type: ignore[attr-defined]
-    monkeypatch.setattr("shimpy.registry.pull.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shimpy.registry.downloads.shutil.disk_usage", lambda _: usage)
     sent = hub.sent()
     assert pulling.pull("tiny:q8_0").tag == "q8_0"
     assert hub.sent() - sent < 600_000

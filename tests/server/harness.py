@@ -16,8 +16,8 @@ from aiohttp import web
 from shimpy.config import Config
 from shimpy.keys import KeyFile
 from shimpy.placement.hardware import Hardware, Host
+from shimpy.registry.attempts import Retries
 from shimpy.registry.catalog import CatalogFile
-from shimpy.registry.fetch import Retries
 from shimpy.registry.own import StoreModels
 from shimpy.registry.registry import Registry
 from shimpy.registry.store import Store

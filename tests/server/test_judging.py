@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 
 from shimpy.config import Config

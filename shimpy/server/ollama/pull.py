@@ -18,8 +18,9 @@ from typing import Any, assert_never
 import msgspec
 from aiohttp import web
 
+from shimpy.registry.downloads import Progress
 from shimpy.registry.manifest import Manifest
-from shimpy.registry.pull import Event, Planned, Progress, Step
+from shimpy.registry.pull import Event, Planned, Step
 from shimpy.registry.reference import CatalogReference, Reference, parse_reference
 from shimpy.server.bodies import read_body
 from shimpy.server.ollama.requests import parse_model
