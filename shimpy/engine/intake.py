@@ -153,7 +153,7 @@ class Intake:
         end_ids = backend.end_ids if embed.add_special else []
         n_max = n_most - len(end_ids)
         inputs = []
-        for index, parts in enumerate(embed.inputs):
+        for index, parts in enumerate(embed.inputs, embed.first):
             ids = self._prompts.tokenize(parts, add_bos=embed.add_special)
             if len(ids) > n_max and not embed.truncate:
                 raise ContextExceededError(

@@ -165,6 +165,8 @@ class Embed(_Message, frozen=True):
     normalize: bool = True
     # Put the model's own start and end tokens round each input.
     add_special: bool = True
+    # The number of the first input, for errors that name one: they may come in several messages.
+    first: int = 0
 
 
 class Tokenize(_Message, frozen=True):

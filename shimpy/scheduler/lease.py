@@ -31,6 +31,9 @@ from shimpy.protocol.messages import (
 from shimpy.scheduler.mailbox import Mail, Mailbox
 from shimpy.scheduler.worker import Worker
 
+# Inputs to embed in one message: no answer is longer than a frame, however many there are.
+EMBED_INPUTS = 256
+
 
 class Lease:
     """Keeps a model loaded while it is held; good for any number of calls, also at once."""
@@ -80,16 +83,29 @@ class Lease:
         add_special: bool = True,
     ) -> Embedded:
         """Return one vector for each input; errors as for `generate`."""
-        with self._open() as (request, mailbox):
-            self._worker.send(
+        answers = [
+            await self._embed(
                 Embed(
-                    request=request,
-                    inputs=[list(parts) for parts in inputs],
+                    request=0,
+                    inputs=[list(parts) for parts in inputs[first : first + EMBED_INPUTS]],
+                    first=first,
                     truncate=truncate,
                     normalize=normalize,
                     add_special=add_special,
                 )
             )
+            for first in range(0, max(1, len(inputs)), EMBED_INPUTS)
+        ]
+        return Embedded(
+            request=answers[-1].request,
+            n_embd=answers[-1].n_embd,
+            data=b"".join(answer.data for answer in answers),
+            n_tokens=sum(answer.n_tokens for answer in answers),
+        )
+
+    async def _embed(self, embed: Embed) -> Embedded:
+        with self._open() as (request, mailbox):
+            self._worker.send(msgspec.structs.replace(embed, request=request))
             await self._worker.wait_writable()
             mail = await self._next(mailbox)
             if not isinstance(mail, Embedded):

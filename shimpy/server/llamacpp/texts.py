@@ -11,7 +11,7 @@ from shimpy.protocol.messages import PromptPart, Text, Tokenized, Tokens
 from shimpy.scheduler.lease import Lease
 from shimpy.server.bodies import read_body
 from shimpy.server.choosing import ANYTHING, EMBEDDING, GENERATING, choose_model
-from shimpy.server.embedding import run_embedding
+from shimpy.server.embedding import encode_each, run_embedding
 from shimpy.server.generation import acquire, find_model, prepare_request
 from shimpy.server.llamacpp.requests import is_token, parse_embedding
 from shimpy.server.llamacpp.wire import DetokenizeBody, EmbeddingBody, TokenizeBody
@@ -74,10 +74,10 @@ async def embedding(request: web.Request) -> web.Response:
     found = await run_embedding(services, asked, record_of(request))
     # One for each token where a model does not pool: here all do.
     return json_response(
-        [
+        await encode_each(
             {"index": index, "embedding": [vector.tolist()]}
             for index, vector in enumerate(found.vectors)
-        ]
+        )
     )
 
 

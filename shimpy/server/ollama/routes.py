@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 import shimpy
 from shimpy.gguf.reader import read_files
 from shimpy.server.bodies import read_body
-from shimpy.server.embedding import run_embedding
+from shimpy.server.embedding import encode_each, run_embedding
 from shimpy.server.events import Event
 from shimpy.server.generation import find_model, load_model, run_generation, unload_model
 from shimpy.server.ollama import answers, listing, residents
@@ -107,7 +107,7 @@ async def embed(request: web.Request) -> web.Response:
     return json_response(
         EmbedAnswer(
             model=asked.model,
-            embeddings=[vector.tolist() for vector in found.vectors],
+            embeddings=await encode_each(vector.tolist() for vector in found.vectors),
             total_duration=to_ns(found.total_s),
             load_duration=measured_ns(found.load_s),
             prompt_eval_count=found.n_tokens,

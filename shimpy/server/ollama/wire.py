@@ -210,7 +210,8 @@ class EmbedAnswer(msgspec.Struct, omit_defaults=True, kw_only=True):
     """The answer of /api/embed."""
 
     model: str
-    embeddings: list[list[float]]
+    # Of numbers, as JSON already.
+    embeddings: list[msgspec.Raw]
     total_duration: int = 0
     load_duration: int = 0
     prompt_eval_count: int = 0

@@ -12,9 +12,11 @@ from aiohttp import web
 
 from shimpy.protocol.messages import Tokenized
 from shimpy.registry.model import Model
+from shimpy.server.anthropic.listing import VERSION_HEADER, anthropic_entry, models_page
 from shimpy.server.bodies import read_body
 from shimpy.server.choices import check_choices, run_choices
-from shimpy.server.embedding import run_embedding
+from shimpy.server.choosing import EMBEDDING, GENERATING, choose_model
+from shimpy.server.embedding import encode_each, run_embedding
 from shimpy.server.errors import openai_error
 from shimpy.server.generation import acquire, find_model
 from shimpy.server.openai.answers import Head, new_id, now_s, sse_lines
@@ -38,7 +40,9 @@ SSE_FORM = StreamForm(content_type=SSE, error_chunk=lambda error: sse_json(opena
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions."""
-    asked = parse_chat(await read_body(request, ChatBody))
+    body = await read_body(request, ChatBody)
+    body.model = await choose_model(services_of(request), body.model, GENERATING)
+    asked = parse_chat(body)
     head = _head(asked, "chatcmpl-", "chat.completion")
     check_choices(len(asked.requests), asked.n)
     events = run_choices(services_of(request), asked.requests, asked.n, record_of(request))
@@ -50,7 +54,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions: text as it is, in no template."""
-    asked = parse_completion(await read_body(request, CompletionBody))
+    body = await read_body(request, CompletionBody)
+    body.model = await choose_model(services_of(request), body.model, GENERATING)
+    asked = parse_completion(body)
     head = _head(asked, "cmpl-", "text_completion")
     check_choices(len(asked.requests), asked.n)
     echoes = [await _echo(request, one) if asked.echo else "" for one in asked.requests]
@@ -63,24 +69,28 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 async def embeddings(request: web.Request) -> web.Response:
     """POST /v1/embeddings: one vector of length 1 for each input."""
-    asked, is_base64 = parse_embedding(await read_body(request, EmbeddingBody))
+    body = await read_body(request, EmbeddingBody)
+    body.model = await choose_model(services_of(request), body.model, EMBEDDING)
+    asked, is_base64 = parse_embedding(body)
     found = await run_embedding(services_of(request), asked, record_of(request))
-    data = [
+    data = await encode_each(
         {
             "object": "embedding",
             "index": index,
             "embedding": _base64(vector) if is_base64 else vector.tolist(),
         }
         for index, vector in enumerate(found.vectors)
-    ]
+    )
     usage = {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens}
     return json_response({"object": "list", "data": data, "model": asked.model, "usage": usage})
 
 
 async def models(request: web.Request) -> web.Response:
-    """GET /v1/models: the models that can be used."""
+    """GET /v1/models: the models that can be used; in Anthropic's form for its clients."""
     found = await services_of(request).registry.models()
     usable = [model for model in found if model.error is None]
+    if VERSION_HEADER in request.headers:
+        return json_response(models_page(usable))
     return json_response({"object": "list", "data": [model_entry(model) for model in usable]})
 
 
@@ -88,6 +98,8 @@ async def model(request: web.Request) -> web.Response:
     """GET /v1/models/{model}, whose name may hold slashes."""
     name = request.match_info["model"]
     found = await find_model(services_of(request), name, record_of(request))
+    if VERSION_HEADER in request.headers:
+        return json_response(anthropic_entry(found) | {"id": name})
     return json_response(model_entry(found) | {"id": name})
 
 

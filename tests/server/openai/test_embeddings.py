@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from shimpy.errors import UserError
+from shimpy.server.embedding import MAX_NUMBERS, check_size
 from tests.server.harness import Running
 from tests.synthetic import CHAIN_TEXT
 
@@ -57,6 +59,24 @@ async def test_tokens_are_inputs_too(app: Running) -> None:
     assert len(both["data"]) == 2
     assert len(one["data"]) == 1
     assert one["data"][0]["embedding"] == pytest.approx(both["data"][0]["embedding"], abs=1e-4)
+
+
+async def test_many_inputs_go_to_the_worker_in_parts(app: Running) -> None:
+    """Errors name an input by its place in the whole request."""
+    texts = [f"number {i % 11}" for i in range(600)]
+    found = [item["embedding"] for item in (await post(app, input=texts))["data"]]
+    assert len(found) == 600
+    for i in (255, 256, 599):
+        assert found[i] == pytest.approx(found[i % 11], abs=2e-3)
+    texts[500] = "word " * 5000
+    refused = await app.client.post(PATH, json={"model": "bert", "input": texts})
+    assert "input 500 has" in refused.json()["error"]["message"]
+
+
+async def test_an_answer_of_too_many_numbers_is_refused_by_its_inputs() -> None:
+    check_size(MAX_NUMBERS // 8192, 8192)
+    with pytest.raises(UserError, match="send at most 16384 inputs"):
+        check_size(16385, 1024)
 
 
 @pytest.mark.parametrize("model", ["chain", "llama"])
