@@ -151,6 +151,17 @@ def test_count_tokens(client: anthropic.Anthropic) -> None:
     assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
 
+def test_models(client: anthropic.Anthropic) -> None:
+    """The path is OpenAI's too: their header tells the clients apart."""
+    models = {model.id: model for model in client.models.list()}
+    assert {"chain:latest", "thinker:latest"} <= set(models)
+    assert models["chain:latest"].type == "model"
+    assert models["chain:latest"].created_at.year > 2000
+    assert client.models.retrieve("chain").id == "chain"
+    with pytest.raises(anthropic.NotFoundError, match="there is no model"):
+        client.models.retrieve("nix")
+
+
 def test_the_beta_client_asks_the_same_route(client: anthropic.Anthropic) -> None:
     message = client.beta.messages.create(model="chain", max_tokens=1, messages=USER)
     assert message.stop_reason == "max_tokens"
