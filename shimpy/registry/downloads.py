@@ -55,10 +55,13 @@ class Downloads:
         # The files of the pulls that run: the disk has been promised to them.
         self._promised: list[Sequence[RemoteFile]] = []
 
-    def fetch_all(
+    @contextmanager
+    def fetched(
         self, files: Sequence[RemoteFile], *, what: str, stop: Stop, on_progress: OnProgress
-    ) -> dict[str, str]:
-        """Return the digest of each file by its path, all of them being blobs by then; blocking.
+    ) -> Iterator[dict[str, str]]:
+        """Yield the digest of each file by its path, all of them being blobs by then; blocking.
+
+        As long as the block runs, the garbage collector leaves them alone.
 
         Args:
             files: a model's.
@@ -71,8 +74,11 @@ class Downloads:
             ShimpyError: as `Fetcher.fetch`.
             StoppedError: `stop` was set.
         """
-        with self._store.pinned(*map(_key, files)), self._room(files, what):
-            return {file.path: self._fetch(file, stop, on_progress) for file in files}
+        with self._store.pinned(*map(_key, files)):
+            with self._room(files, what):
+                digests = {file.path: self._fetch(file, stop, on_progress) for file in files}
+            with self._store.pinned(*digests.values()):
+                yield digests
 
     def _fetch(self, file: RemoteFile, stop: Stop, on_progress: OnProgress) -> str:
         meter = _Meter(file, on_progress)

@@ -115,10 +115,10 @@ class Puller:
         work = _Work(reference=reference, force=force, report=report, stop=stop)
         source = self._find(work)
         candidate = self._choose(source, judge, work)
-        digests = self._downloads.fetch_all(
+        with self._downloads.fetched(
             candidate.offer.all_files, what=str(reference), stop=stop, on_progress=report
-        )
-        return self._install(candidate, source, digests, work)
+        ) as digests:
+            return self._install(candidate, source, digests, work)
 
     # --- 1. find ----------------------------------------------------------------------------
 
@@ -135,8 +135,9 @@ class Puller:
             name = f"{HUB}/{reference.repository}".lower()
             for manifest in self._store.manifests():
                 origin = manifest.origin
-                is_hub = origin is not None and origin.kind == "huggingface"
-                if origin and is_hub and f"{HUB}/{origin.location}".lower() == name:
+                if origin is None or origin.kind != "huggingface":
+                    continue
+                if f"{HUB}/{origin.location}".lower() == name:
                     return replace(reference, repository=origin.location)
         return reference
 
@@ -192,34 +193,33 @@ class Puller:
         """Write the manifest of a model whose files are there; errors as `pull`."""
         work.report(Step(status="verifying sha256 digest"))
         offer, blobs = candidate.offer, self._store.blobs
-        with self._store.pinned(*digests.values()):
-            try:
-                describe_model(read_files([blobs.path(digests[f.path]) for f in offer.files]))
-            except GgufError:
-                if not work.force:
-                    self._discard(digests)
-                    raise
-            work.stop.check()
-            work.report(Step(status="writing manifest"))
-            aliases = [str(alias) for alias in source.aliases if alias != candidate.name]
-            own = ModelSettings(aliases=tuple(aliases) or None)
-            manifest = Manifest(
-                name=candidate.name.name,
-                tag=candidate.name.tag,
-                files=tuple(
-                    ManifestFile(
-                        role="projector" if file is offer.projector else "model",
-                        name=file.name,
-                        size_bytes=blobs.size(digests[file.path]),
-                        digest=digests[file.path],
-                    )
-                    for file in offer.all_files
-                ),
-                origin=candidate.origin,
-                settings=own.over(candidate.settings),
-                created_s=time.time(),
-            )
-            self._store.put_manifest(manifest)
+        try:
+            describe_model(read_files([blobs.path(digests[file.path]) for file in offer.files]))
+        except GgufError:
+            if not work.force:
+                self._discard(digests)
+                raise
+        work.stop.check()
+        work.report(Step(status="writing manifest"))
+        aliases = [str(alias) for alias in source.aliases if alias != candidate.name]
+        own = ModelSettings(aliases=tuple(aliases) or None)
+        manifest = Manifest(
+            name=candidate.name.name,
+            tag=candidate.name.tag,
+            files=tuple(
+                ManifestFile(
+                    role="projector" if file is offer.projector else "model",
+                    name=file.name,
+                    size_bytes=blobs.size(digests[file.path]),
+                    digest=digests[file.path],
+                )
+                for file in offer.all_files
+            ),
+            origin=candidate.origin,
+            settings=own.over(candidate.settings),
+            created_s=time.time(),
+        )
+        self._store.put_manifest(manifest)
         self._take_aliases(candidate.name, set(aliases))
         return manifest
 
