@@ -29,11 +29,14 @@ ENDLESS = {
 
 
 @pytest.fixture
-async def app(tmp_path: Path, chain_model: Path, llama_model: Path) -> AsyncIterator[Running]:
+async def app(
+    tmp_path: Path, chain_model: Path, llama_model: Path, deepseek_model: Path
+) -> AsyncIterator[Running]:
     folder = tmp_path / "models"
     folder.mkdir()
     shutil.copy(chain_model, folder / "chain.gguf")
     shutil.copy(llama_model, folder / "llama.gguf")
+    shutil.copy(deepseek_model, folder / "deepseek.gguf")
     write_chain(folder / "endless.gguf", endless=True)
     async with running_app(folder, tmp_path) as running:
         yield running
@@ -45,11 +48,12 @@ def _worker_pid(app: Running) -> int:
     return resident.pid
 
 
-async def test_eight_streams_at_once_equal_the_same_eight_alone(app: Running) -> None:
+@pytest.mark.parametrize("model", ["llama", "deepseek"])
+async def test_eight_streams_at_once_equal_the_same_eight_alone(app: Running, model: str) -> None:
     """Batching must not change what anyone gets."""
     bodies = [
         {
-            "model": "llama",
+            "model": model,
             "prompt": f"story number {i} about " + "rivers " * i,
             "raw": True,
             "options": {"num_predict": 24, "temperature": 0},
