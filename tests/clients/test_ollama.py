@@ -150,6 +150,22 @@ def test_errors_have_their_status(client: ollama.Client) -> None:
     assert refused.value.status_code == 400
     with pytest.raises(ollama.ResponseError, match="num_ctx"):
         client.generate("chain", "x", options={"num_ctx": "many"})
+    with pytest.raises(ollama.ResponseError, match="push is not supported"):
+        client.push("chain")
+
+
+def test_a_model_is_made_from_another_copied_and_deleted(client: ollama.Client) -> None:
+    parts = client.create("brief", from_="chain", parameters={"num_predict": 2}, stream=True)
+    assert [part.status for part in parts][-1] == "success"
+    try:
+        assert client.generate("brief", "hi").done_reason == "length"
+        assert client.copy("brief", "shorter").status == "success"
+        assert client.generate("shorter", "hi").eval_count == 2
+    finally:
+        client.delete("brief")
+        client.delete("shorter")
+    with pytest.raises(ollama.ResponseError, match="not found"):
+        client.show("brief")
 
 
 def test_a_killed_worker_is_an_error_in_the_stream_and_a_fresh_load_after_it(

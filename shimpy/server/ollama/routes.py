@@ -9,6 +9,7 @@ from contextlib import aclosing
 from aiohttp import hdrs, web
 
 import shimpy
+from shimpy.errors import UnsupportedError
 from shimpy.gguf.reader import read_files
 from shimpy.server.bodies import read_body
 from shimpy.server.embedding import encode_each, run_embedding
@@ -177,6 +178,11 @@ async def show(request: web.Request) -> web.Response:
     )
 
 
+async def push(_: web.Request) -> web.Response:
+    """POST /api/push: not supported."""
+    raise UnsupportedError("push is not supported: shimpy pulls models and publishes none")
+
+
 ROUTES = [
     web.get("/", root),
     web.get("/api/version", version),
@@ -187,6 +193,7 @@ ROUTES = [
     web.get("/api/tags", tags),
     web.get("/api/ps", ps),
     web.post("/api/show", show),
+    web.post("/api/push", push),
 ]
 
 
