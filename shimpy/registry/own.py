@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from shimpy.demo import MODEL_PATH
 from shimpy.names import ModelName
 from shimpy.registry.discovery import STORE, FoundFile, FoundModel, Scan, found_file
 from shimpy.registry.manifest import Manifest, ManifestFile, name_of_file
@@ -12,8 +13,6 @@ from shimpy.registry.store import Store
 
 BUILT_IN: Final = "built-in"
 DEMO: Final = ModelName("demo")
-# Installed with the package.
-DEMO_PATH: Final = Path(__file__).parent.parent / "demo" / "demo.gguf"
 
 
 class StoreModels:
@@ -60,7 +59,7 @@ class StoreModels:
 class BuiltIn:
     """The model that comes with shimpy, where it does."""
 
-    def __init__(self, path: Path = DEMO_PATH) -> None:
+    def __init__(self, path: Path = MODEL_PATH) -> None:
         self._path = path
 
     def scan(self) -> Scan:

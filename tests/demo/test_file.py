@@ -8,7 +8,6 @@ from shimpy.demo import MODEL_PATH
 from shimpy.gguf.arch import ModelShape, describe_model
 from shimpy.gguf.header import Header
 from shimpy.gguf.reader import read_header
-from shimpy.registry.own import DEMO_PATH
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +18,6 @@ def header() -> Header:
 @pytest.fixture(scope="module")
 def shape(header: Header) -> ModelShape:
     return describe_model(header)
-
-
-def test_the_registry_looks_where_the_file_is() -> None:
-    assert DEMO_PATH == MODEL_PATH
 
 
 def test_the_file_is_small_enough_to_be_in_the_wheel() -> None:
