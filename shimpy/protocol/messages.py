@@ -69,6 +69,18 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     mirostat: int = 0
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
+    # llama.cpp's own further ones, off by default. Logits less than so many standard deviations
+    # below the highest; with so much chance only the least likely of those over the threshold.
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    # The temperature may be so much higher and lower, by how sure the model is.
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    # Choose for filling in the middle: end rather than ramble, and tokens with a common beginning.
+    infill: bool = False
+    # No token that ends the text is ever chosen.
+    ignore_eos: bool = False
     # None: drawn afresh for each request.
     seed: int | None = None
     # Token id to the amount that is added to its logit; -inf bans it.

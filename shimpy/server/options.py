@@ -32,6 +32,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mirostat": (0, 2),
     "mirostat_tau": (0, 1000),
     "mirostat_eta": (0, 1000),
+    "top_n_sigma": (-1, 1000),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 1),
+    "dynatemp_range": (0, 1000),
+    "dynatemp_exponent": (0, 1000),
     "seed": (-(2**63), 2**64 - 1),
     "n_predict": (-2, _INT32),
     "n_keep": (-1, _INT32),
@@ -60,6 +65,13 @@ class Options:
     mirostat: int | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    infill: bool | None = None
+    ignore_eos: bool | None = None
     # Negative: drawn afresh for each request.
     seed: int | None = None
     logit_bias: Mapping[int, float] | None = None

@@ -34,6 +34,8 @@ class Candidates:
         self._id[:n] = ids
         self._logit[:n] = logits
         array = self._array
+        # A sampler may have moved it past those that it left out (xtc).
+        array.data = self._start
         array.size = n
         array.selected = -1
         array.sorted = False
@@ -51,13 +53,13 @@ class Candidates:
     @property
     def selected(self) -> int:
         """The token that the last sampler of a chain chose."""
-        return int(self._id[self._array.selected])
+        array = self._array
+        return int(array.data[array.selected].id)
 
     def _reserve(self, n: int) -> None:
         data = np.zeros(n, DTYPE)
         self._id: npt.NDArray[Any] = data["id"]
         self._logit: npt.NDArray[Any] = data["logit"]
-        self._array = LL.llama_token_data_array(
-            data=ctypes.cast(data.ctypes.data, LL.llama_token_data_p)
-        )
+        self._start = ctypes.cast(data.ctypes.data, LL.llama_token_data_p)
+        self._array = LL.llama_token_data_array(data=self._start)
         self._at = ctypes.addressof(self._array)

@@ -9,6 +9,7 @@ import numpy as np
 
 from shimpy.engine.llama.candidates import Candidates, Ids, Row
 from shimpy.engine.llama.library import LL, Pointer
+from shimpy.engine.llama.vocab import Vocab
 from shimpy.errors import WorkerError
 from shimpy.protocol.messages import Sampling
 
@@ -65,18 +66,20 @@ class Likeliest:
 
 
 class Chain:
-    """llama.cpp's samplers in Ollama's order: top_k, typical_p, top_p, min_p, temperature.
+    """llama.cpp's samplers in its order: top_k, typical_p, top_p, min_p, xtc, temperature.
 
     They get no more tokens than top_k can leave them: over the whole vocabulary each costs
     as much as its rows (GPU.md: 6 to 16 % of the time of a model on a GPU).
     """
 
-    def __init__(self, sampling: Sampling, *, n_vocab: int) -> None:
+    def __init__(self, sampling: Sampling, vocab: Vocab) -> None:
+        n_vocab = vocab.n_tokens
+        self._top_n_sigma = 0.0 if sampling.mirostat else sampling.top_n_sigma
         top_k = sampling.top_k if sampling.top_k > 0 and not sampling.mirostat else CANDIDATES_MAX
         self.n_best = min(top_k, n_vocab)
         self._candidates = Candidates()
         self._chain: Pointer = LL.llama_sampler_chain_init(LL.llama_sampler_chain_default_params())
-        for sampler in _samplers(sampling, n_vocab=n_vocab, n_best=self.n_best):
+        for sampler in _samplers(sampling, vocab, n_best=self.n_best):
             LL.llama_sampler_chain_add(self._chain, sampler)
 
     def choose(self, logits: Row) -> int:
@@ -84,7 +87,11 @@ class Chain:
         ids = likeliest(logits, self.n_best)
         if not len(ids):
             raise _nan_error()
-        return self.choose_among(ids, logits[ids])
+        chosen = logits[ids]
+        if self._top_n_sigma > 0:
+            kept = chosen >= least_within(logits, self._top_n_sigma)
+            ids, chosen = ids[kept], chosen[kept]
+        return self.choose_among(ids, chosen)
 
     def choose_among(self, ids: Ids, logits: Row) -> int:
         """Return a token drawn from some tokens."""
@@ -116,11 +123,22 @@ def likeliest(logits: Row, n_best: int) -> Ids:
     return np.flatnonzero(logits >= least)
 
 
-def make_chooser(sampling: Sampling, *, n_vocab: int) -> Chooser:
+def least_within(logits: Row, n_sigma: float) -> float:
+    """Return what is `n_sigma` standard deviations of all logits below the highest.
+
+    Source: llama-sampler.cpp, llama_sampler_top_n_sigma_apply; there too banned ones don't count.
+    """
+    finite = logits[np.isfinite(logits)]
+    return float(finite.max() - n_sigma * finite.std()) if len(finite) else -np.inf
+
+
+def make_chooser(sampling: Sampling, vocab: Vocab) -> Chooser:
     """Return what draws tokens as `sampling` says."""
-    if sampling.temperature <= 0 or (sampling.top_k == 1 and not sampling.mirostat):
+    if sampling.top_k == 1 and not sampling.mirostat:
         return Likeliest()
-    return Chain(sampling, n_vocab=n_vocab)
+    if sampling.temperature <= 0 and not sampling.infill:
+        return Likeliest()
+    return Chain(sampling, vocab)
 
 
 def _nan_error() -> WorkerError:
@@ -131,18 +149,20 @@ def _nan_error() -> WorkerError:
     )
 
 
-def _samplers(sampling: Sampling, *, n_vocab: int, n_best: int) -> list[Pointer]:
+def _samplers(sampling: Sampling, vocab: Vocab, *, n_best: int) -> list[Pointer]:
     drawn = int.from_bytes(os.urandom(4), "little") if sampling.seed is None else sampling.seed
     # Clients send negative and long ones, and llama.cpp's own word for "draw one" is a number.
     seed = drawn % _RANDOM_SEED
-    temperature = LL.llama_sampler_init_temp(sampling.temperature)
+    temperature = LL.llama_sampler_init_temp_ext(
+        sampling.temperature, sampling.dynatemp_range, sampling.dynatemp_exponent
+    )
     # Also sorts, which spares the others doing it.
     top_k = LL.llama_sampler_init_top_k(n_best)
     if sampling.mirostat:
         # Mirostat's own cut takes the place of top_k, top_p and the others.
         tau, eta = sampling.mirostat_tau, sampling.mirostat_eta
         if sampling.mirostat == 1:
-            mirostat = LL.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, _MIROSTAT_M)
+            mirostat = LL.llama_sampler_init_mirostat(vocab.n_tokens, seed, tau, eta, _MIROSTAT_M)
         else:
             mirostat = LL.llama_sampler_init_mirostat_v2(seed, tau, eta)
         return [top_k, temperature, mirostat]
@@ -153,4 +173,10 @@ def _samplers(sampling: Sampling, *, n_vocab: int, n_best: int) -> list[Pointer]
         chain.append(LL.llama_sampler_init_top_p(sampling.top_p, 1))
     if sampling.min_p > 0:
         chain.append(LL.llama_sampler_init_min_p(sampling.min_p, 1))
+    if sampling.xtc_probability > 0:
+        probability, threshold = sampling.xtc_probability, sampling.xtc_threshold
+        chain.append(LL.llama_sampler_init_xtc(probability, threshold, 1, seed))
+    # It chooses an end where there is nothing else, and aborts if the model has none.
+    if sampling.infill and vocab.eos_id >= 0:
+        chain.append(LL.llama_sampler_init_infill(vocab.handle))
     return [*chain, temperature, LL.llama_sampler_init_dist(seed)]

@@ -42,12 +42,15 @@ class LlamaSampler:
         self._vocab = vocab
         self._n_logprobs = sampling.n_logprobs
         self._penalties = Penalties(sampling, history, n_ctx=context.n_ctx)
-        self._bias = Bias(sampling.logit_bias, n_vocab=vocab.n_tokens)
+        biases = sampling.logit_bias
+        if sampling.ignore_eos:
+            biases = biases | dict.fromkeys(vocab.eog_ids, -np.inf)
+        self._bias = Bias(biases, n_vocab=vocab.n_tokens)
         self._has_edits = self._penalties.is_active or self._bias.is_active
         self._grammar: Grammar | None = None
         if sampling.grammar is not None:
             self._grammar = grammars.make(sampling.grammar)
-        self._chooser: Chooser = make_chooser(sampling, n_vocab=vocab.n_tokens)
+        self._chooser: Chooser = make_chooser(sampling, vocab)
 
     def sample(self, row: int) -> tuple[int, TokenLogprob | None]:
         """Return the token chosen from the logits of output `row` of the last decode.
@@ -116,6 +119,11 @@ def _check(sampling: Sampling) -> None:
         "frequency_penalty",
         "mirostat_tau",
         "mirostat_eta",
+        "top_n_sigma",
+        "xtc_probability",
+        "xtc_threshold",
+        "dynatemp_range",
+        "dynatemp_exponent",
     ):
         value = getattr(sampling, option)
         if not np.isfinite(value):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -177,6 +178,11 @@ class Vocab:
     def is_eog(self, token: int) -> bool:
         """Whether the token ends a generation."""
         return bool(_is_eog(self.handle, token))
+
+    @cached_property
+    def eog_ids(self) -> list[int]:
+        """All tokens that end a generation; takes some milliseconds the first time."""
+        return [token for token in range(self.n_tokens) if _is_eog(self.handle, token)]
 
     def is_control(self, token: int) -> bool:
         """Whether the token stands for no text; the token must exist."""

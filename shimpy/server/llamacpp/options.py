@@ -27,11 +27,18 @@ _NUMBERS = (
     "mirostat",
     "mirostat_tau",
     "mirostat_eta",
+    "top_n_sigma",
+    "xtc_probability",
+    "xtc_threshold",
+    "dynatemp_range",
+    "dynatemp_exponent",
     "seed",
     "n_keep",
 )
 # llama.h, LLAMA_DEFAULT_SEED: draw one.
 _RANDOM_SEED = 0xFFFFFFFF
+# Of the names in `samplers` the one that is not a matter of its own option's value.
+_INFILL = "infill"
 _MAX_BIASES = 4096
 
 
@@ -52,6 +59,10 @@ def parse_sampling(body: CompletionBody) -> tuple[Options, dict[str, float]]:
         if value is not None:
             check_number(name, wire_name, value)
             values[name] = value
+    if body.ignore_eos is not None:
+        values["ignore_eos"] = body.ignore_eos
+    if _INFILL in (body.samplers or []):
+        values["infill"] = True
     if values.get("seed") == _RANDOM_SEED:
         values["seed"] = -1
     if body.stop is not None:
@@ -107,6 +118,12 @@ def settings_entry(options: Options, sampling: Sampling) -> dict[str, Any]:
         "mirostat": sampling.mirostat,
         "mirostat_tau": sampling.mirostat_tau,
         "mirostat_eta": sampling.mirostat_eta,
+        "top_n_sigma": sampling.top_n_sigma,
+        "xtc_probability": sampling.xtc_probability,
+        "xtc_threshold": sampling.xtc_threshold,
+        "dynatemp_range": sampling.dynatemp_range,
+        "dynatemp_exponent": sampling.dynatemp_exponent,
+        "ignore_eos": sampling.ignore_eos,
         "stop": list(options.stop or ()),
         "max_tokens": n_predict,
         "n_predict": n_predict,

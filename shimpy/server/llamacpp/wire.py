@@ -1,8 +1,8 @@
 """The bodies and answers of llama.cpp's server as typed structs.
 
 Source: llama.cpp, tools/server/README.md and server-task.cpp (to_json_non_oaicompat). What its
-server takes and has no meaning here (id_slot, cache_prompt, lora, n_discard, t_max_prompt_ms)
-is ignored.
+server takes and has no meaning here (id_slot, cache_prompt, lora, n_discard, dry_multiplier,
+t_max_prompt_ms) is ignored.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ class CompletionBody(msgspec.Struct):
     mirostat: int | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    ignore_eos: bool | None = None
+    # Which take part; only "infill" is looked for, the others take part by their values.
+    samplers: list[str] | str | None = None
     seed: int | None = None
     # {id or text: amount or false}, or a list of such pairs.
     logit_bias: dict[str, Any] | list[Any] | None = None

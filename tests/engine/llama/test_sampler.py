@@ -94,6 +94,56 @@ def test_typical_p_bounds_the_choice(prefilled: LlamaBackend) -> None:
     assert n_typical < n_free / 2
 
 
+def test_top_n_sigma_bounds_the_choice(prefilled: LlamaBackend) -> None:
+    """By the deviation of all logits, not of those that other samplers left."""
+    values = logits(prefilled)
+    likely = set(np.flatnonzero(values >= values.max() - 0.8 * values.std()).tolist())
+    drawn = set(draw(prefilled, 500, **HOT, top_n_sigma=0.8, seed=1))
+    assert drawn <= likely
+    assert len(drawn) > 1
+    assert not set(draw(prefilled, 500, **HOT, seed=1)) <= likely
+
+
+def test_xtc_leaves_the_likeliest_out(prefilled: LlamaBackend) -> None:
+    """All but the least likely of those over the threshold go."""
+    options = {"temperature": 1.0, "top_k": 8, "top_p": 1.0, "seed": 1, "xtc_threshold": 0.01}
+    best = int(logits(prefilled).argmax())
+    assert best in draw(prefilled, 300, **options)
+    assert best not in draw(prefilled, 300, **options, xtc_probability=1.0)
+    assert best in draw(prefilled, 300, **options, xtc_probability=0.0)
+
+
+def test_a_dynamic_temperature_is_within_its_range(prefilled: LlamaBackend) -> None:
+    """Where the model is as unsure as this one, it is near the upper end."""
+
+    def n_kinds(**options: float) -> int:
+        return len(set(draw(prefilled, 300, top_k=0, top_p=1.0, seed=1, **options)))
+
+    low, middle, high = (n_kinds(temperature=value) for value in (0.2, 0.7, 1.2))
+    dynamic = n_kinds(temperature=0.7, dynatemp_range=0.5)
+    assert low < middle < dynamic <= high + 5
+
+
+def test_ends_can_be_ignored(chain: LlamaBackend) -> None:
+    """The chain would say nothing but its end after its last token."""
+    last = generate_ids(chain, "x", n=200)[-1]
+    assert chain.is_eog(last)
+    sampler = chain.make_sampler(Sampling(temperature=0, ignore_eos=True), [])
+    assert not chain.is_eog(sampler.sample(0)[0])
+    sampler.close()
+
+
+def test_infill_ends_where_ends_are_likely(llama: LlamaBackend) -> None:
+    """One end among many tokens of words is less likely, yet taken; llama.cpp has the rule."""
+    prefill(llama, prompt_ids(llama, "Hello"))
+    ends = {token: 6.0 for token in range(512) if llama.is_eog(token)}
+    options = {"temperature": 1.0, "top_k": 40, "top_p": 0.99, "seed": 1}
+    plain = draw(llama, 200, **options, logit_bias=ends)
+    filled = draw(llama, 200, **options, logit_bias=ends, infill=True)
+    assert 0 < sum(map(llama.is_eog, plain)) < 200
+    assert all(map(llama.is_eog, filled))
+
+
 def test_temperature_flattens(prefilled: LlamaBackend) -> None:
     def commonest(temperature: float) -> int:
         drawn = draw(prefilled, 300, temperature=temperature, top_k=0, top_p=1.0, seed=1)
@@ -268,6 +318,9 @@ def test_as_many_logprobs_as_asked_for(prefilled: LlamaBackend, n: int, n_top: i
         ({"repeat_penalty": -1.0}, "repeat_penalty"),
         ({"mirostat": 3}, "mirostat"),
         ({"n_logprobs": -1}, "n_logprobs"),
+        ({"top_n_sigma": float("nan")}, "top_n_sigma"),
+        ({"xtc_threshold": float("inf")}, "xtc_threshold"),
+        ({"dynatemp_range": float("nan")}, "dynatemp_range"),
         ({"logit_bias": {512: 1.0}}, "logit_bias"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias"),
         ({"logit_bias": {1: float("nan")}}, "logit_bias"),
@@ -301,6 +354,20 @@ def test_options_that_can_not_be_are_named(
         {"logit_bias": dict.fromkeys(range(512), -np.inf)},
         {"logit_bias": dict.fromkeys(range(512), -np.inf), "temperature": 0},
         {"logit_bias": {65: np.inf}},
+        {"top_n_sigma": 1e-9},
+        {"top_n_sigma": -1.0},
+        {"top_n_sigma": 1.0, "logit_bias": dict.fromkeys(range(512), -np.inf)},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.0},
+        {"xtc_probability": 7.0, "xtc_threshold": 0.6},
+        {"dynatemp_range": 1e9},
+        {"dynatemp_range": 5.0, "temperature": 0.0},
+        {"dynatemp_range": 1.0, "dynatemp_exponent": 0.0},
+        {"infill": True},
+        {"infill": True, "temperature": 0.0},
+        {"infill": True, "top_k": 1},
+        {"infill": True, "ignore_eos": True},
+        {"infill": True, "logit_bias": dict.fromkeys(range(512), -np.inf)},
+        {"infill": True, "mirostat": 2},
     ],
     ids=repr,
 )

@@ -70,7 +70,9 @@ async def test_a_whole_completion(app: Running) -> None:
         b'"tokens_predicted":1,"tokens_evaluated":2,"generation_settings":{"seed":7,'
         b'"temperature":0.0,"top_k":40,"top_p":0.9,"min_p":0.0,"typical_p":1.0,"repeat_last_n":64,'
         b'"repeat_penalty":1.0,"presence_penalty":0.0,"frequency_penalty":0.0,"mirostat":0,'
-        b'"mirostat_tau":5.0,"mirostat_eta":0.1,"stop":["never"],"max_tokens":1,"n_predict":1,'
+        b'"mirostat_tau":5.0,"mirostat_eta":0.1,"top_n_sigma":0.0,"xtc_probability":0.0,'
+        b'"xtc_threshold":0.1,"dynatemp_range":0.0,"dynatemp_exponent":1.0,"ignore_eos":false,'
+        b'"stop":["never"],"max_tokens":1,"n_predict":1,'
         b'"n_keep":0,"logit_bias":[],"n_probs":0,"grammar":""},"prompt":"hi","has_new_line":false,'
         b'"truncated":false,"stop_type":"limit","stopping_word":"","tokens_cached":3,"timings":'
         b'{"cache_n":1,"prompt_n":1,"prompt_ms":T,"prompt_per_token_ms":T,"prompt_per_second":T,'
@@ -182,6 +184,27 @@ async def test_tokens_can_be_banned_by_their_id(app: Running) -> None:
         whole = await _post(app, "/completion", prompt="hi", n_predict=1, logit_bias=biases)
         assert not whole["content"].startswith("Once")
         assert whole["generation_settings"]["logit_bias"] == [{"bias": False, "token": token}]
+
+
+async def test_further_samplers_are_taken(app: Running) -> None:
+    fields = {
+        "top_n_sigma": 1.5,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.2,
+        "dynatemp_range": 0.5,
+        "dynatemp_exponent": 2.0,
+    }
+    body = fields | {"samplers": ["top_k", "infill"], "dry_multiplier": 0.8}
+    whole = await _post(app, "/completion", prompt="hi", n_predict=5, **body)
+    assert fields.items() <= whole["generation_settings"].items()
+    assert whole["content"].startswith("Once")
+
+
+async def test_the_end_can_be_ignored(app: Running) -> None:
+    n_text = (await _post(app, "/completion", prompt="hi"))["tokens_predicted"]
+    whole = await _post(app, "/completion", prompt="hi", ignore_eos=True, n_predict=n_text + 20)
+    assert whole["stop_type"] == "limit"
+    assert whole["tokens_predicted"] == n_text + 20
 
 
 # --- infill -----------------------------------------------------------------------------------
