@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import anthropic
 import pydantic
 import pytest
 
-from tests.chat.templates import QWEN3
-from tests.daemon import running_daemon
-from tests.synthetic import CHAIN_TEXT, write_bert, write_chain
+from tests.clients.conftest import ENDLESS_CTX, kill_endless
+from tests.daemon import Daemon
+from tests.synthetic import CHAIN_TEXT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.clients
 
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 WEATHER: anthropic.types.ToolParam = {
     "name": "get_weather",
     "description": "Say what the weather is.",
@@ -29,15 +27,8 @@ class Answer(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder: Path = tmp_path_factory.mktemp("models")
-    write_chain(folder / "chain.gguf")
-    thought = "<think>\nRivers first.\n</think>\n\nThe Rhine flows there."
-    write_chain(folder / "thinker.gguf", thought, chat_template=QWEN3)
-    write_chain(folder / "caller.gguf", f"I look it up.\n{CALL}", chat_template=QWEN3)
-    write_bert(folder / "bert.gguf")
-    with running_daemon(tmp_path_factory.mktemp("home"), folder, "--n-ctx", "2048") as daemon:
-        yield daemon.url
+def url(daemon: Daemon) -> str:
+    return daemon.url
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +172,19 @@ def test_errors_are_the_sdks_own(client: anthropic.Anthropic) -> None:
         client.messages.create(model="chain", max_tokens=1, messages=[turn])
     with pytest.raises(anthropic.BadRequestError, match="does not support chat"):
         client.messages.create(model="bert", max_tokens=1, messages=USER, stream=True)
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_raised(
+    client: anthropic.Anthropic, url: str
+) -> None:
+    stream = client.messages.create(
+        model="endless",
+        max_tokens=ENDLESS_CTX,
+        messages=USER,
+        stream=True,
+        extra_body={"options": {"num_ctx": ENDLESS_CTX}},
+    )
+    next(stream)
+    kill_endless(url)
+    with pytest.raises(anthropic.APIStatusError, match="worker"):
+        list(stream)
