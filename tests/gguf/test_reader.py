@@ -34,6 +34,13 @@ METADATA = llama() | {
 VALID = Gguf(metadata=METADATA, tensors=dense_tensors()).header()
 
 
+def test_a_file_without_tensors_may_end_with_its_header(tmp_path: Path) -> None:
+    """Nothing is missing of it, though the padding behind its header is."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(Gguf(metadata=METADATA | {"x": "y"}, tensors=[]).header())
+    assert read_header(path).tensors == ()
+
+
 def test_header_of_the_gguf_package_is_read_as_written(tmp_path: Path) -> None:
     """Its writer is the reference: values, shapes, types and the place of the data agree."""
     path = tmp_path / "m.gguf"
