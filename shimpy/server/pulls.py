@@ -170,6 +170,7 @@ class Pulls:
             if self._slots.locked():
                 pull.tell(Step(status=f"waiting for one of {MAX_RUNNING} pulls to end"))
             async with self._slots:
+                pull.stop.check()
                 manifest = await self._work(pull, reference)
             await self._on_installed(manifest)
             pull.manifest = manifest

@@ -341,6 +341,17 @@ def test_a_plain_file_that_shrinks_is_begun_anew(fetch: Fetch, web: Web) -> None
     assert fetch.blobs.path(digest).read_bytes() == DATA[:500_000]
 
 
+def test_a_server_that_sends_more_than_it_said_is_cut_off(fetch: Fetch, web: Web) -> None:
+    fetch.hub.plain["x.gguf"] = DATA
+    url = f"{fetch.hub.url}/files/x.gguf"
+    described = web.describe(UrlReference(url=url))
+    file = RemoteFile(path="x.gguf", size_bytes=1_000_000, digest="", open=described.open, url=url)
+    fetch.hub.faults = [Fault(where="file", end_after=len(DATA))]
+    with pytest.raises(RemoteError, match="sends more than"):
+        fetch.run(file)
+    assert fetch.is_empty
+
+
 def test_a_server_that_does_not_tell_the_size_is_read_to_the_end(fetch: Fetch, web: Web) -> None:
     fetch.hub.plain["x.gguf"] = DATA
     url = f"{fetch.hub.url}/files/x.gguf"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from gguf import GGUFWriter
 
 from shimpy.errors import (
     DiskFullError,
@@ -313,6 +314,19 @@ def test_what_is_no_model_is_refused_before_its_bytes(pulling: Pulling, hub: Hub
     with pytest.raises(GgufError, match="web page"):
         pulling.pull("hf.co/org/page")
     assert hub.sent() < 600_000
+
+
+def test_a_projector_alone_can_not_be_run(pulling: Pulling, hub: HubServer, tmp_path: Path) -> None:
+    """It is a GGUF file, but no model; the plan says so."""
+    writer = GGUFWriter(tmp_path / "vision-F16.gguf", "clip")
+    writer.add_name("vision")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    hub.add("org/vision", {"vision-F16.gguf": tmp_path / "vision-F16.gguf"})
+    with pytest.raises(DoesNotFitError, match=r"can't be run: .*projector"):
+        pulling.pull("hf.co/org/vision")
 
 
 def test_what_turns_out_to_be_no_model_is_not_kept(
