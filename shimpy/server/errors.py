@@ -216,4 +216,9 @@ def anthropic_error(error: ShimpyError) -> dict[str, Any]:
         503: "overloaded_error",
     }
     kind = kinds.get(status_of(error), "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    message = error.message
+    if isinstance(error, ContextExceededError) and error.n_prompt:
+        # By these words Claude Code knows that it has to shorten the conversation.
+        limit = f"{error.n_prompt} tokens > {error.n_ctx} maximum"
+        message = f"prompt is too long: {limit}; {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}

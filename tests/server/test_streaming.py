@@ -22,6 +22,11 @@ from tests.server.test_bodies import busy
 FORMS = {
     "ndjson": StreamForm(content_type=NDJSON, error_chunk=lambda e: b"E " + e.code.encode()),
     "sse": StreamForm(content_type=SSE, error_chunk=lambda e: sse_data("E " + e.code)),
+    "named": StreamForm(
+        content_type=SSE,
+        error_chunk=lambda e: sse_data("E " + e.code),
+        ping=sse_json({}, event="ping"),
+    ),
 }
 
 
@@ -179,3 +184,26 @@ def test_any_text_survives_as_an_event(text: str) -> None:
 def test_a_named_event_of_json() -> None:
     assert sse_json({"a": 1}, event="x") == b'event: x\ndata: {"a":1}\n\n'
     assert sse_json("é\n") == 'data: "é\\n"\n\n'.encode()
+
+
+@pytest.mark.parametrize(
+    ("form", "ping"), [("sse", b": ping\n\n"), ("named", b"event: ping\ndata: {}\n\n")]
+)
+async def test_a_silence_is_filled_with_the_dialects_ping(
+    services: Services, monkeypatch: pytest.MonkeyPatch, form: str, ping: bytes
+) -> None:
+    monkeypatch.setattr(streaming, "PING_AFTER_S", 0.01)
+    heard = asyncio.Event()
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield sse_data("a")
+        await heard.wait()
+        yield sse_data("b")
+
+    text = b""
+    async with _serving(services, chunks(), form) as client, client.stream("GET", "/") as answer:
+        async for part in answer.aiter_bytes():
+            text += part
+            if ping in text:
+                heard.set()
+    assert text.replace(ping, b"") == sse_data("a") + sse_data("b")

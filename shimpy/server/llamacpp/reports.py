@@ -62,7 +62,8 @@ async def slots(request: web.Request) -> web.Response:
         model = await find_model(services, name, record_of(request))
         residents = [one for one in residents if one.model.name == model.name]
     entries = [slot for resident in residents for slot in slot_entries(resident)]
-    if "fail_on_no_slot" in request.query and all(slot["is_processing"] for slot in entries):
+    is_full = bool(entries) and all(slot["is_processing"] for slot in entries)
+    if is_full and "fail_on_no_slot" in request.query:
         raise QueueFullError("no slot available")
     return json_response(entries)
 

@@ -39,6 +39,7 @@ async def app(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running
     write_chain(folder / "chain.gguf")
     write_chain(folder / "thinker.gguf", THOUGHT, chat_template=QWEN3)
     write_chain(folder / "caller.gguf", f"I look it up.\n{CALL}", chat_template=QWEN3)
+    write_chain(folder / "endless.gguf", endless=True)
     write_bert(folder / "bert.gguf")
     async with running_app(folder, tmp_path_factory.mktemp("state")) as running:
         yield running
@@ -357,3 +358,14 @@ async def test_errors_have_anthropics_form(
         assert error["error"]["type"] == kind
         assert words in error["error"]["message"]
         assert answer.headers["request-id"]
+
+
+async def test_a_prompt_over_the_context_says_by_how_much(app: Running) -> None:
+    messages = [{"role": "user", "content": "word " * 3000}]
+    answer = await app.client.post("/v1/messages", json=_body(messages=messages))
+    assert answer.status_code == 400
+    assert re.match(
+        r"prompt is too long: \d+ tokens > 2048 maximum", answer.json()["error"]["message"]
+    )
+    full = await _message(app, model="endless", max_tokens=100_000)
+    assert full["stop_reason"] == "model_context_window_exceeded"
