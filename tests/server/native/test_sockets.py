@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from shimpy.server.native import sockets
+from tests.daemon import running_daemon
 from tests.server.harness import Running, running_app
 from tests.synthetic import CHAIN_TEXT, write_bert, write_chain
 
@@ -193,3 +194,20 @@ async def test_an_answer_is_told_that_the_daemon_stops(tmp_path: Path) -> None:
         frames = [message.data async for message in socket]
         assert "stopping" in json.loads(frames[-1])["error"]
         assert socket.close_code == aiohttp.WSCloseCode.GOING_AWAY
+
+
+async def test_a_waiting_connection_does_not_keep_a_real_daemon(
+    tmp_path: Path, chain_model: Path
+) -> None:
+    """It would for as long as requests may take to end, which is more than the test may."""
+    flags = ("--drain-timeout", "300")
+    with running_daemon(tmp_path, chain_model.parent, *flags) as daemon:
+        url = f"{daemon.url}/ws/generate"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+            assert (await _frames(socket, {"model": "chain"}))[1] == [DONE]
+            daemon.process.terminate()
+            message = await socket.receive()
+            assert message.type is aiohttp.WSMsgType.CLOSE
+            assert socket.close_code == aiohttp.WSCloseCode.GOING_AWAY
+            await asyncio.to_thread(daemon.process.wait, 50)
+        assert daemon.process.returncode == 0
