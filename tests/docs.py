@@ -5,6 +5,7 @@ tests/test_docs.py fails when they are out of date.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def cli_page() -> str:
 
 
 def _help_of(command: click.Command, path: str) -> str:
+    # A copy: click keeps the help option of the first context that a command was used in.
+    command = copy.copy(command)
+    command._help_option = None
     context = click.Context(
         command, info_name=path, terminal_width=96, help_option_names=["-h", "--help"]
     )

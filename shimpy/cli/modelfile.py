@@ -63,7 +63,9 @@ def parse_modelfile(text: str) -> Modelfile:
         number = text.count("\n", 0, position) + 1
         line = _LINE.match(text, position)
         if line is None or line["command"].upper() not in _COMMANDS:
-            word = text[position:].split(None, 1)[0]
+            words = text[position:].split(None, 1)
+            # Python knows more white space than Modelfiles do: then there is no word at all.
+            word = words[0] if words else text[position]
             raise UserError(
                 f"Modelfile, line {number}: {word[:40]!r} is no command; there are "
                 f"{', '.join(_COMMANDS)}"
