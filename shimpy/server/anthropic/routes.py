@@ -1,6 +1,6 @@
 """Anthropic's routes: bodies parsed by `requests`, answers formed by `answers`.
 
-Any anthropic-version is taken, and any key: what the headers say changes nothing here.
+Any anthropic-version is taken: what it says changes nothing here.
 """
 
 from __future__ import annotations
