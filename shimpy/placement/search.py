@@ -35,10 +35,11 @@ GPU_PROCESS_BYTES: Final = 256 * MIB
 # Page-locked memory can't be taken back: a sixteenth of the RAM stays free beside it.
 _LOCKED_SLACK: Final = 16
 _F32: Final = 4
-# On CPUs llama.cpp's flash attention decodes a 200M model at depth 500 at 0.4 times the speed
-# of plain attention, and at 0.3 at depth 2000 (one thread, AVX512; prefill differs by less
-# than a third either way). Plain attention keeps a score for each token of a micro-batch and
-# cell: it is taken where that is no more than this part of the free RAM.
+# On CPUs plain attention decodes 1.2 times as fast as llama.cpp's flash attention at depth 500
+# and 1.7 to 2.4 times at 2000; prefill is 0.8 to 0.9 times as fast at first and 0.6 to 0.9 from
+# 500 to 2000 (docs/performance.md). Decode is what people wait for, and prefixes are reused. It
+# keeps a score for each token of a micro-batch and cell: plain attention is taken where that is
+# no more than this part of the free RAM.
 _PLAIN_SHARE: Final = 16
 # A quantized V cache can only be read by flash attention.
 PLAIN_KV: Final = ("f32", "f16", "bf16")
