@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlencode
 
 import httpx
 
@@ -22,6 +23,7 @@ from shimpy.errors import DaemonError, NotFoundError, UnreachableError
 
 # A model may take minutes to load before the first byte; connecting to a daemon does not.
 _TIMEOUT = httpx.Timeout(None, connect=5.0)
+_HTTP_OK = 200
 _HTTP_ERROR = 400
 _HTTP_NOT_FOUND = 404
 
@@ -72,6 +74,18 @@ class Client:
     def residents(self) -> list[dict[str, Any]]:
         """Return the loaded models with their placement."""
         return list(self._call("GET", "/api/ps")["models"])
+
+    def events(self, *, since: str = "", follow: bool = True) -> Iterator[dict[str, Any]]:
+        """Yield what is loaded, unloaded and evicted, until the daemon stops.
+
+        Args:
+            since: first what happened since then: "10m" ago, or seconds since the epoch.
+            follow: False: end with what has happened.
+        """
+        query = {"follow": str(follow).lower()} | ({"since": since} if since else {})
+        for line in self._lines("GET", f"/api/events?{urlencode(query)}"):
+            if line.startswith("data: "):
+                yield json.loads(line.removeprefix("data: "))
 
     def show(self, model: str, *, verbose: bool = False) -> dict[str, Any]:
         """Return all that is known of one model."""
@@ -173,15 +187,20 @@ class Client:
         return answer
 
     def _stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        for line in self._lines("POST", path, body):
+            chunk = json.loads(line)
+            if "error" in chunk:
+                raise DaemonError(str(chunk["error"]), status=_HTTP_OK)
+            yield chunk
+
+    def _lines(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> Iterator[str]:
         try:
-            with self._http.stream("POST", path, json=body) as response:
+            with self._http.stream(method, path, json=body) as response:
                 if response.status_code >= _HTTP_ERROR:
                     raise _error_of(response.status_code, response.read())
-                for line in response.iter_lines():
-                    chunk = json.loads(line)
-                    if "error" in chunk:
-                        raise DaemonError(str(chunk["error"]), status=response.status_code)
-                    yield chunk
+                yield from response.iter_lines()
         except httpx.ConnectError as error:
             raise self._unreachable(error) from error
         except httpx.TransportError as error:

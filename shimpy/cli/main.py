@@ -18,6 +18,7 @@ COMMANDS = {
     "list": ("shimpy.cli.list_models", "List the models on this machine."),
     "show": ("shimpy.cli.show", "Show what a model is and can do."),
     "ps": ("shimpy.cli.ps", "Show the loaded models and where they are placed."),
+    "events": ("shimpy.cli.events", "Show what is loaded, unloaded and evicted, and why."),
     "stop": ("shimpy.cli.stop", "Unload a model."),
     "plan": ("shimpy.cli.plan", "Explain where a model would be placed, and why."),
     "create": ("shimpy.cli.create", "Make a model from a Modelfile."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shimpy.placement.placement import Rung
@@ -14,7 +14,7 @@ from shimpy.registry.model import Model
 from shimpy.scheduler.states import EventKind
 
 MAX_HISTORY = 256
-MAX_UNREAD_EVENTS = 256
+_US_PER_S = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,33 +61,47 @@ class HistoryEvent:
     at_s: float
     # Why, in one of a few words.
     cause: str = ""
+    # Rises from event to event, also over a restart of the daemon: its time in microseconds.
+    id: int = 0
 
 
 class Journal:
-    """The last MAX_HISTORY events, and everyone who listens for more."""
+    """The last MAX_HISTORY events; whoever follows reads from these, and keeps none of its own."""
 
     def __init__(self) -> None:
         self._events: deque[HistoryEvent] = deque(maxlen=MAX_HISTORY)
-        self._listeners: set[asyncio.Queue[HistoryEvent]] = set()
+        self._last_id = 0
+        self._news = asyncio.Event()
 
     def add(self, event: HistoryEvent) -> None:
-        """Remember an event and tell the listeners; a slow one loses its oldest."""
-        self._events.append(event)
-        for queue in self._listeners:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(event)
+        """Number an event, remember it, and wake those who follow."""
+        self._last_id = max(self._last_id + 1, event_id(event.at_s))
+        self._events.append(replace(event, id=self._last_id))
+        self._news.set()
+        self._news = asyncio.Event()
 
     def past(self) -> tuple[HistoryEvent, ...]:
         """Return the events, oldest first."""
         return tuple(self._events)
 
-    async def follow(self) -> AsyncGenerator[HistoryEvent, None]:
-        """Yield the events from now on."""
-        queue: asyncio.Queue[HistoryEvent] = asyncio.Queue(MAX_UNREAD_EVENTS)
-        self._listeners.add(queue)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self._listeners.discard(queue)
+    def follow(self, after: int | None = None) -> AsyncGenerator[HistoryEvent, None]:
+        """Yield what is remembered with an id above `after`, then what comes; None: what comes.
+
+        A reader that falls behind loses the oldest.
+        """
+        return self._follow(self._last_id if after is None else after)
+
+    async def _follow(self, seen: int) -> AsyncGenerator[HistoryEvent, None]:
+        while True:
+            news = self._news
+            event = next((event for event in self._events if event.id > seen), None)
+            if event is None:
+                await news.wait()
+                continue
+            seen = event.id
+            yield event
+
+
+def event_id(at_s: float) -> int:
+    """Return the id of an event at that time, in seconds since the epoch, or of the last before."""
+    return round(at_s * _US_PER_S)

@@ -172,9 +172,12 @@ class Scheduler:
         """Return the last loads, unloads, evictions and failures, oldest first; bounded."""
         return self._journal.past()
 
-    def events(self) -> AsyncGenerator[HistoryEvent, None]:
-        """Yield what happens from now on; a reader that falls behind loses the oldest."""
-        return self._journal.follow()
+    def events(self, after: int | None = None) -> AsyncGenerator[HistoryEvent, None]:
+        """Yield what happens from now on; a reader that falls behind loses the oldest.
+
+        With `after`, an event's id, first what is remembered of what happened since then.
+        """
+        return self._journal.follow(after)
 
     # --- requests -------------------------------------------------------------------------
 

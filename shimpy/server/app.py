@@ -28,7 +28,15 @@ from shimpy.server.gate import peer_uid
 from shimpy.server.guard import cors_headers
 from shimpy.server.llamacpp import ranking, reports, texts
 from shimpy.server.llamacpp import routes as llamacpp
-from shimpy.server.native import catalog, diagnosis, models, operations, sockets, store
+from shimpy.server.native import (
+    catalog,
+    diagnosis,
+    events,
+    models,
+    operations,
+    sockets,
+    store,
+)
 from shimpy.server.native import routes as native
 from shimpy.server.ollama import library, pull
 from shimpy.server.ollama import routes as ollama
@@ -70,6 +78,7 @@ def all_routes() -> list[web.RouteDef]:
         *native.ROUTES,
         *models.ROUTES,
         *sockets.ROUTES,
+        *events.ROUTES,
         *diagnosis.ROUTES,
         *catalog.ROUTES,
         *store.ROUTES,

@@ -89,6 +89,30 @@ def test_ps_shows_the_placement_until_stop(daemon: Daemon) -> None:
     assert "tiny-deepseek" not in daemon.shimpy("ps").stdout
 
 
+def test_events_are_told_with_their_reasons(daemon: Daemon) -> None:
+    assert daemon.shimpy("run", "chain", "x").returncode == 0
+    assert daemon.shimpy("stop", "chain").returncode == 0
+    lines = daemon.shimpy("events", "chain", "--no-follow").stdout.splitlines()
+    assert "somebody asked for it" in lines[-1]
+    assert lines[-1].split()[1:3] == ["unload", "chain:latest"]
+    told = daemon.shimpy("events", "--json", "--no-follow", "--since", "0").stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in told][-1] == "unload"
+    assert daemon.shimpy("events", "--no-follow", "--since", "now").returncode == 1
+    assert daemon.shimpy("events", "nope", "--no-follow").stdout == ""
+
+
+def test_events_are_followed_until_the_daemon_stops(tmp_path: Path, chain_model: Path) -> None:
+    with running_daemon(tmp_path, chain_model.parent) as daemon:
+        command = [sys.executable, "-m", "shimpy", "events", "--since", "0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=daemon.env) as events:
+            assert events.stdout is not None
+            assert daemon.shimpy("run", "chain", "x").returncode == 0
+            lines = [next(events.stdout), next(events.stdout)]
+            assert [line.split()[1] for line in lines] == ["load", "ready"]
+            daemon.process.terminate()
+            assert events.wait(30) == 0
+
+
 def test_show_prints_sections_and_parts(daemon: Daemon) -> None:
     shown = daemon.shimpy("show", "tiny-deepseek").stdout
     for text in ("architecture", "deepseek", "Experts", "routed", "completion"):

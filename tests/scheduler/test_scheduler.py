@@ -24,7 +24,7 @@ from shimpy.placement.placement import PlanOptions
 from shimpy.protocol.messages import Done, Prefilled, Submit, Text
 from shimpy.registry.model import Model
 from shimpy.scheduler.exits import WorkerExit
-from shimpy.scheduler.reports import MAX_HISTORY, MAX_UNREAD_EVENTS, HistoryEvent, Journal
+from shimpy.scheduler.reports import MAX_HISTORY, HistoryEvent, Journal, event_id
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.scheduler.worker import Worker
 from tests.scheduler.support import make_hardware
@@ -382,10 +382,25 @@ async def test_a_slow_listener_loses_the_oldest() -> None:
         await asyncio.sleep(0)
         journal.add(event_at(-1))
         await first
-        for number in range(MAX_UNREAD_EVENTS + 5):
+        for number in range(MAX_HISTORY + 5):
             journal.add(event_at(number))
         assert (await anext(events)).at_s == 5
     assert len(journal.past()) == MAX_HISTORY
+
+
+async def test_a_listener_may_begin_in_the_past() -> None:
+    """Ids rise even where times do not, so that nothing is told twice or lost."""
+    journal = Journal()
+    for seconds in (10, 30, 20):
+        journal.add(event_at(seconds))
+    first, second, third = journal.past()
+    assert first.id < second.id < third.id
+    async with aclosing(journal.follow(event_id(10))) as events:
+        assert [await anext(events), await anext(events)] == [second, third]
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        journal.add(event_at(40))
+        assert (await waiting).id == event_id(40)
 
 
 def event_at(seconds: float) -> HistoryEvent:
