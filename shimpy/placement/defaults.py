@@ -84,6 +84,11 @@ def check_options(shape: ModelShape, options: PlanOptions) -> None:
             f"this model's are {shape.n_embd_head} wide: use f16",
             option="kv_type",
         )
+    if options.flash_attn is False and n_elements > 1:
+        raise InvalidOptionError(
+            f"kv_type {options.kv_type} can only be read by flash attention: leave it on",
+            option="flash_attn",
+        )
 
 
 def _check_least(option: str, value: int | None, least: int) -> None:

@@ -24,6 +24,7 @@ class PlanOptions:
     n_gpu_layers: int | None = None
     n_ubatch: int | None = None
     load_mode: LoadMode | None = None
+    flash_attn: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,7 +76,7 @@ class Search:
     ) -> Rung:
         """Return the rung of a layout, with the best split where the team is several GPUs."""
         context = self._context(settings)
-        if not team and self._can_go_plain(context):
+        if not team and self.options.flash_attn is None and self._can_go_plain(context):
             plain = replace(context, flash_attn=False)
             rung = self._weigh(
                 mode, team, n_gpu_layers, n_cpu_moe, settings=settings, context=plain
@@ -146,6 +146,7 @@ class Search:
             n_slots=settings.n_slots,
             n_ubatch=default_ubatch(self.shape, self.options, settings.n_ctx, settings.streaming),
             kv_type=self.kv_type,
+            flash_attn=self.options.flash_attn is not False,
         )
 
     def _can_go_plain(self, context: Context) -> bool:
