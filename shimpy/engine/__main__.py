@@ -1,4 +1,7 @@
-"""Start the worker: `--fd N` serves a model on an inherited socket, `--devices` lists devices."""
+"""Start the worker: `--fd N` serves a model on an inherited socket, `--devices` lists devices.
+
+`--simulate` tells what the loads would take that stdin lists, without allocating anything.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     duty = parser.add_mutually_exclusive_group(required=True)
     duty.add_argument("--fd", type=int, help="an inherited socket to the daemon")
     duty.add_argument("--devices", action="store_true", help="print the devices as JSON")
+    duty.add_argument(
+        "--simulate", action="store_true", help="print what the loads from stdin would take"
+    )
     arguments = parser.parse_args(argv)
     # An abort in ggml would start a debugger to print a backtrace.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     if arguments.devices:
         print_devices()
+        return 0
+    if arguments.simulate:
+        print_simulated()
         return 0
     return serve(Channel(socket.socket(fileno=arguments.fd)), import_llama)
 
@@ -64,6 +73,19 @@ def print_devices() -> None:
     from shimpy.engine.llama import list_devices
 
     sys.stdout.buffer.write(msgspec.json.encode(list_devices()) + b"\n")
+
+
+def print_simulated() -> None:
+    """Read a list of Load as JSON from stdin; write a Simulated for each, a line each.
+
+    At once when it is known: an assertion of llama.cpp in a later one loses none of them.
+    """
+    from shimpy.engine.llama import simulate
+
+    loads = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Load])
+    for simulated in simulate(loads):
+        sys.stdout.buffer.write(msgspec.json.encode(simulated) + b"\n")
+        sys.stdout.buffer.flush()
 
 
 def import_llama() -> OpenBackend:

@@ -60,6 +60,8 @@ class Hardware:
     gpus: tuple[Gpu, ...]
     unusable: tuple[UnusableGpu, ...]
     host: Host
+    # Version of llama.cpp and of its bindings; empty: unknown.
+    library: str = ""
 
 
 def suppose(
@@ -95,4 +97,5 @@ def suppose(
             lockable_bytes=None,
             n_cores=host.n_cores,
         )
-    return Hardware(gpus=gpus, unusable=unusable, host=host)
+    library = actual.library if actual else ""
+    return Hardware(gpus=gpus, unusable=unusable, host=host, library=library)

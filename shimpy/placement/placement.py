@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from shimpy.placement.figures import Setup
 from shimpy.protocol.messages import KvType, LoadMode
 
 Mode = Literal["gpu", "experts-in-ram", "partial-gpu", "cpu"]
@@ -112,6 +113,8 @@ class Rung:
     fits: bool
     # What is missing where, when it does not fit; else what speaks for or against it.
     reason: str
+    # llama.cpp's own simulation says so; else formulas do.
+    is_exact: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,3 +124,6 @@ class Plan:
     chosen: Rung | None
     reason: str
     ladder: tuple[Rung, ...]
+    # What exact figures may change the choice, the most wanted first: of the chosen rung, and
+    # of better ones that lack little.
+    doubts: tuple[Setup, ...] = ()

@@ -33,6 +33,7 @@ from shimpy.placement.defaults import (
     is_encoder,
     longer_contexts,
 )
+from shimpy.placement.figures import NO_FIGURES, Figures, Setup
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Mode, Plan, PlanOptions, Rung
 from shimpy.placement.reasons import describe_choice, describe_rung, missing_bytes
@@ -41,25 +42,35 @@ from shimpy.placement.search import Search, Settings, Team, first_with_room
 _NO_OPTIONS = PlanOptions()
 
 
-def plan_model(shape: ModelShape, hardware: Hardware, options: PlanOptions = _NO_OPTIONS) -> Plan:
+def plan_model(
+    shape: ModelShape,
+    hardware: Hardware,
+    options: PlanOptions = _NO_OPTIONS,
+    figures: Figures = NO_FIGURES,
+) -> Plan:
     """Return the fastest placement of a model that fits, with the ladder of all that was weighed.
 
     Pure, and quick enough to be asked anew for each request: about a millisecond. `chosen` is
     None where nothing fits. An explicit option is kept to exactly: with cpu_moe "off" no
     expert is moved away from its layer, with a number just those of that many layers are.
+    What `figures` tells of this model is taken from there, the rest from formulas.
 
     Raises:
         InvalidOptionError: an option is out of range, or can't be used with this model.
     """
     check_options(shape, options)
-    search = Search(shape, hardware, options)
+    search = Search(shape, hardware, options, figures)
     rungs: list[Rung] = []
+    chosen: Rung | None = None
+    doubts: tuple[Setup, ...] = ()
     for rung in _ladder(search):
-        why = describe_rung(shape, hardware, rung)
-        rungs.append(replace(rung, reason=why))
-    chosen = next((rung for rung in rungs if rung.fits), None)
+        rungs.append(replace(rung, reason=describe_rung(shape, hardware, rung)))
+        if chosen is None:
+            # Of the rungs below the chosen one nothing more needs to be known.
+            chosen = rungs[-1] if rung.fits else None
+            doubts = search.doubts(chosen)
     reason = describe_choice(shape, options, chosen, rungs)
-    return Plan(chosen=chosen, reason=reason, ladder=tuple(rungs))
+    return Plan(chosen=chosen, reason=reason, ladder=tuple(rungs), doubts=doubts)
 
 
 def _ladder(search: Search) -> Iterator[Rung]:

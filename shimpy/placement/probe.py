@@ -141,6 +141,7 @@ class Prober:
             ),
             unusable=tuple(self._unusable(cards, devices, build)),
             host=probe_host(self._sources.host, reserve_bytes=reserve_ram),
+            library=build.llama_cpp if build else "",
         )
 
     def _known_build(self) -> BuildInfo | None:

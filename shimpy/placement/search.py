@@ -6,12 +6,13 @@ are shared out among several GPUs, but not which placement is better than anothe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.defaults import KV_TYPE, Streaming, default_ubatch
+from shimpy.placement.figures import NO_FIGURES, Figures, Setup
 from shimpy.placement.hardware import Gpu, Hardware
 from shimpy.placement.memory import Context, Layout, MemoryModel, MemoryUse
 from shimpy.placement.placement import (
@@ -25,9 +26,16 @@ from shimpy.placement.placement import (
 from shimpy.placement.reasons import exceeds_lock_limit
 from shimpy.units import MIB
 
-# What the compute buffer's formula may be off by; docs/placement.md has the measured errors.
+# Stays free whatever the figures say: drivers round up, and share a card.
 SAFETY_BYTES: Final = 64 * MIB
-_COMPUTE_SAFETY: Final = 10  # and a tenth of the buffer itself
+# And a tenth of a compute buffer that a formula tells; docs/placement.md has its errors.
+_COMPUTE_SAFETY: Final = 10
+# A rung that lacks no more than this by formula may fit after all. The formulas are up to 54 MiB
+# too high with all layers on one card, and up to 267 MiB otherwise.
+_DOUBT_BYTES: Final = 128 * MIB
+_PARTIAL_DOUBT_BYTES: Final = 320 * MIB
+# Each costs a simulation: the closest are enough.
+_MAX_DOUBTS: Final = 4
 # A worker process: the interpreter with llama.cpp, and its scratch memory (measured: 40 MB idle).
 PROCESS_BYTES: Final = 96 * MIB
 # The CUDA runtime's own host memory in a process that uses a GPU.
@@ -56,10 +64,25 @@ class Settings:
     streaming: Streaming
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Estimate:
+    """What a setup takes, and whether llama.cpp itself says so."""
+
+    setup: Setup
+    use: MemoryUse
+    is_exact: bool
+
+
 class Search:
     """Builds and weighs rungs; one per plan."""
 
-    def __init__(self, shape: ModelShape, hardware: Hardware, options: PlanOptions) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        options: PlanOptions,
+        figures: Figures = NO_FIGURES,
+    ) -> None:
         self.shape = shape
         self.hardware = hardware
         self.options = options
@@ -69,7 +92,10 @@ class Search:
         self.n_all = shape.n_layer + 1
         self.moe_layers = shape.moe_layers
         # By number of GPUs, offloaded layers, layers with experts in RAM, and the context.
-        self._estimates: dict[tuple[int, int, int, Context], tuple[Layout, MemoryUse]] = {}
+        self._estimates: dict[tuple[int, int, int, Context], _Estimate] = {}
+        self._figures = figures
+        # What was weighed by formula and lacks little, with how much.
+        self._doubts: dict[Setup, int] = {}
 
     def rung(
         self, mode: Mode, team: Team, n_gpu_layers: int, n_cpu_moe: int, settings: Settings
@@ -95,9 +121,10 @@ class Search:
         settings: Settings,
         context: Context,
     ) -> Rung:
-        layout, use = self._estimate(team, n_gpu_layers, n_cpu_moe, context)
-        devices = self._device_uses(team, use)
-        host = self._host_use(team, devices, use, settings)
+        estimate = self._estimate(team, n_gpu_layers, n_cpu_moe, context)
+        layout = estimate.setup.layout
+        devices = self._device_uses(team, estimate)
+        host = self._host_use(team, devices, estimate.use, settings)
         placement = Placement(
             mode=mode,
             n_gpu_layers=n_gpu_layers if team else 0,
@@ -114,31 +141,59 @@ class Search:
             tensor_split=layout.split if len(team) > 1 else (),
         )
         fits = not host.missing_bytes and not any(device.missing_bytes for device in devices)
+        if not fits:
+            self._doubt(estimate, [host.missing_bytes, *(d.missing_bytes for d in devices)])
         fits = fits and not exceeds_lock_limit(self.hardware, placement, host)
-        return Rung(placement=placement, devices=devices, host=host, fits=fits, reason="")
+        return Rung(
+            placement=placement,
+            devices=devices,
+            host=host,
+            fits=fits,
+            reason="",
+            is_exact=estimate.is_exact,
+        )
+
+    def doubts(self, chosen: Rung | None) -> tuple[Setup, ...]:
+        """Return what exact figures are wanted of, given the choice, the most wanted first."""
+        close = sorted(self._doubts, key=self._doubts.__getitem__)
+        if chosen is not None and not chosen.is_exact:
+            close.insert(0, setup_of(chosen.placement))
+        return tuple(close[:_MAX_DOUBTS])
 
     def gpus_have_room(
         self, team: Team, n_gpu_layers: int, n_cpu_moe: int, settings: Settings
     ) -> bool:
         """Whether every GPU of a team has room for a layout, the host aside."""
         context = self._context(settings)
-        _, use = self._estimate(team, n_gpu_layers, n_cpu_moe, context)
-        return all(
-            part.total_bytes + gpu.overhead_bytes + _margin(part.compute_bytes) <= gpu.free_bytes
-            for gpu, part in zip(team, use.gpus, strict=True)
-        )
+        estimate = self._estimate(team, n_gpu_layers, n_cpu_moe, context)
+        missing = [device.missing_bytes for device in self._device_uses(team, estimate)]
+        if not any(missing):
+            return True
+        self._doubt(estimate, missing)
+        return False
 
     def _estimate(
         self, team: Team, n_gpu_layers: int, n_cpu_moe: int, context: Context
-    ) -> tuple[Layout, MemoryUse]:
+    ) -> _Estimate:
         key = (len(team), n_gpu_layers, n_cpu_moe, context)
         found = self._estimates.get(key)
         if found is None:
             split = self._split(team, n_gpu_layers, n_cpu_moe, context)
             layout = Layout(n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe, split=split)
-            found = layout, self.memory.estimate(layout, context)
+            setup = Setup(devices=_names(team), layout=layout, context=context)
+            exact = self._figures.get(setup)
+            use = exact or self.memory.estimate(layout, context)
+            found = _Estimate(setup=setup, use=use, is_exact=exact is not None)
             self._estimates[key] = found
         return found
+
+    def _doubt(self, estimate: _Estimate, missing: Sequence[int]) -> None:
+        """Remember what lacks so little that an exact figure might show that it fits."""
+        setup = estimate.setup
+        is_plain = len(setup.devices) <= 1 and setup.layout.n_gpu_layers in {0, self.n_all}
+        limit = _DOUBT_BYTES if is_plain else _PARTIAL_DOUBT_BYTES
+        if not estimate.is_exact and max(missing) <= limit:
+            self._doubts[setup] = max(missing)
 
     def _context(self, settings: Settings) -> Context:
         return Context(
@@ -153,10 +208,10 @@ class Search:
         """Whether a CPU's attention can do without flash attention, and takes little RAM so."""
         if self.shape.is_embedding or self.kv_type not in PLAIN_KV:
             return False
-        _, use = self._estimate((), 0, 0, replace(context, flash_attn=False))
+        use = self._estimate((), 0, 0, replace(context, flash_attn=False)).use
         return use.host.compute_bytes <= self.hardware.host.available_bytes // _PLAIN_SHARE
 
-    def _device_uses(self, team: Team, use: MemoryUse) -> tuple[DeviceUse, ...]:
+    def _device_uses(self, team: Team, estimate: _Estimate) -> tuple[DeviceUse, ...]:
         return tuple(
             DeviceUse(
                 name=gpu.name,
@@ -165,9 +220,9 @@ class Search:
                 kv_bytes=part.kv_bytes,
                 compute_bytes=part.compute_bytes,
                 overhead_bytes=gpu.overhead_bytes,
-                margin_bytes=_margin(part.compute_bytes),
+                margin_bytes=SAFETY_BYTES if estimate.is_exact else _margin(part.compute_bytes),
             )
-            for gpu, part in zip(team, use.gpus, strict=True)
+            for gpu, part in zip(team, estimate.use.gpus, strict=True)
         )
 
     def _host_use(
@@ -212,6 +267,29 @@ class Search:
             for gpu, compute in zip(team, buffers, strict=True)
         ]
         return _share_out(sizes, room)
+
+
+def setup_of(placement: Placement) -> Setup:
+    """Return what a placement's memory depends on."""
+    return Setup(
+        devices=placement.devices,
+        layout=Layout(
+            n_gpu_layers=placement.n_gpu_layers,
+            n_cpu_moe=placement.n_cpu_moe,
+            split=placement.tensor_split or (1.0,) * len(placement.devices),
+        ),
+        context=Context(
+            n_ctx=placement.n_ctx,
+            n_slots=placement.n_slots,
+            n_ubatch=placement.n_ubatch,
+            kv_type=placement.kv_type,
+            flash_attn=placement.flash_attn,
+        ),
+    )
+
+
+def _names(team: Team) -> tuple[str, ...]:
+    return tuple(gpu.name for gpu in team)
 
 
 def _margin(compute_bytes: int) -> int:

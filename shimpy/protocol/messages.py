@@ -359,3 +359,16 @@ class BuildInfo(msgspec.Struct, frozen=True):
     devices: list[DeviceInfo]
     supports_gpu_offload: bool
     system_info: str = ""
+
+
+class Simulated(msgspec.Struct, frozen=True):
+    """What a load would take: one line of `python -m shimpy.engine --simulate`, as JSON.
+
+    That reads a list of Load as JSON from stdin; lines come in any order, as they are ready.
+    """
+
+    # The number of the Load in the list, from 0.
+    index: int
+    memory: list[BufferUse] = []
+    # Why there are no figures; empty: there are.
+    error: str = ""

@@ -28,8 +28,11 @@ from shimpy.errors import (
     ShimpyError,
     StoppingError,
 )
+from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
+from shimpy.placement.placement import Plan, PlanOptions
 from shimpy.protocol.messages import Ready
+from shimpy.registry.model import Model
 from shimpy.scheduler import policy
 from shimpy.scheduler.books import Books, Limits
 from shimpy.scheduler.effects import Effect, Probe, Reject, SetThreads, StopWorker, note
@@ -161,6 +164,31 @@ class SchedulerCore:
         for queue in sorted(self._pending(), key=lambda queue: queue.waiting[0].id):
             effects += placing.place(queue)
         return self._settle(effects, now)
+
+    def preview(self, hardware: Hardware) -> list[tuple[Model, Plan]]:
+        """Return the plans that on_hardware would go by on this snapshot; changes nothing.
+
+        So that the shell can have their figures checked before it is asked.
+        """
+        made: list[Plan] = []
+
+        def planner(shape: ModelShape, supposed: Hardware, options: PlanOptions) -> Plan:
+            made.append(self._planner(shape, supposed, options))
+            return made[-1]
+
+        ledger = Ledger(hardware, self._books.residents.values())
+        placing = Placing(self._books, ledger, planner, now=0.0)
+        found = []
+        for queue in sorted(self._pending(), key=lambda queue: queue.waiting[0].id):
+            made.clear()
+            rung = placing.preview(queue)
+            model = queue.waiting[0].model
+            found += [(model, plan) for plan in made if plan.chosen is rung is not None][:1]
+        return found
+
+    def present(self, hardware: Hardware) -> Hardware:
+        """Return a snapshot less what workers that load are about to take."""
+        return Ledger(hardware, self._books.residents.values()).present()
 
     def on_probe_failed(self, reason: str, now: float) -> list[Effect]:
         """Reject what waits to be placed: nothing is known of the hardware."""

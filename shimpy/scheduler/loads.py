@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from msgspec.structs import replace as replace_fields
+
 from shimpy.config import Config
+from shimpy.placement.figures import Setup
 from shimpy.placement.placement import PlanOptions, Rung
+from shimpy.placement.search import setup_of
 from shimpy.protocol.messages import Load
 from shimpy.registry.model import Model
 
@@ -30,23 +34,31 @@ def with_defaults(options: PlanOptions, config: Config) -> PlanOptions:
 def load_message(model: Model, rung: Rung, n_threads: int) -> Load:
     """Return the message that loads a model as a rung places it."""
     placement = rung.placement
+    return replace_fields(
+        simulated_load(model, setup_of(placement)),
+        load_mode=placement.load_mode,
+        n_threads=n_threads,
+    )
+
+
+def simulated_load(model: Model, setup: Setup) -> Load:
+    """Return the message that loads a model in all that its memory depends on."""
+    layout, context = setup.layout, setup.context
     shape = model.shape
     embeds = shape is not None and (shape.is_embedding or shape.is_reranker)
     return Load(
         path=str(model.path),
         shards=[str(path) for path in model.files] if len(model.files) > 1 else [],
-        n_ctx=placement.n_ctx,
-        n_slots=placement.n_slots,
+        n_ctx=context.n_ctx,
+        n_slots=context.n_slots,
         # An embedding model computes a text whole: its batch is its micro-batch.
-        n_batch=placement.n_ubatch if embeds else max(N_BATCH, placement.n_ubatch),
-        n_ubatch=placement.n_ubatch,
-        n_gpu_layers=placement.n_gpu_layers,
-        n_cpu_moe=placement.n_cpu_moe,
-        load_mode=placement.load_mode,
-        kv_type=placement.kv_type,
-        flash_attn="auto" if placement.flash_attn else "off",
-        n_threads=n_threads,
-        devices=list(placement.devices),
-        tensor_split=list(placement.tensor_split),
+        n_batch=context.n_ubatch if embeds else max(N_BATCH, context.n_ubatch),
+        n_ubatch=context.n_ubatch,
+        n_gpu_layers=layout.n_gpu_layers,
+        n_cpu_moe=layout.n_cpu_moe,
+        kv_type=context.kv_type,
+        flash_attn="auto" if context.flash_attn else "off",
+        devices=list(setup.devices),
+        tensor_split=list(layout.split) if len(layout.split) > 1 else [],
         embedding=embeds,
     )

@@ -20,14 +20,29 @@ from shimpy.scheduler.states import ModelQueue, Purpose, Request, Resident, Retr
 class Placing:
     """One pass: the queues are placed one after the other, the longest waiting first.
 
-    What an earlier one has been promised is no longer there for a later one (Ledger.claim).
+    What an earlier one has been promised is no longer there for a later one (Ledger.claim),
+    nor what a model on its way to another placement will take (Ledger.hold). Those are loaded
+    last, one at a time, when nothing else loads.
     """
 
-    def __init__(self, books: Books, ledger: Ledger, planner: policy.Planner, now: float) -> None:
+    def __init__(
+        self, books: Books, ledger: Ledger, planner: policy.ModelPlanner, now: float
+    ) -> None:
         self._books = books
         self._ledger = ledger
         self._planner = planner
         self._now = now
+        for queue in books.moving:
+            self._hold(queue)
+
+    def place_all(self, waiting: Iterable[ModelQueue]) -> list[Effect]:
+        """Place the models that are waited for, then load those that are on their way."""
+        effects: list[Effect] = []
+        for queue in sorted(waiting, key=lambda queue: queue.waiting[0].id):
+            effects += self.place(queue)
+        for queue in self._books.moving:
+            effects += self._place_move(queue)
+        return effects
 
     def place(self, queue: ModelQueue) -> list[Effect]:
         """Find room for the model that a queue waits for.
@@ -36,7 +51,9 @@ class Placing:
 
         1. It ran out of memory before: start the first lower rung that fits, or reject.
         2. It fits beside all others: start it, if need be once stopping workers have gone.
-        3. It fits when idle residents leave, its own outdated one among them: stop these.
+           Models that are on their way to another placement give it up where it does not.
+        3. It fits when idle residents move their experts to RAM, or leave, its own outdated one
+           among them: stop these.
         4. It fits when busy ones leave: wait; after PATIENCE_S they take no newer requests.
         5. It never fits, or an option is impossible: reject those who asked for the same.
 
@@ -70,6 +87,22 @@ class Placing:
                     assert_never(room)
         return effects
 
+    def preview(self, queue: ModelQueue) -> Rung | None:
+        """Return the rung that `place` would take for a queue's first request; changes no queue.
+
+        None: there is none, or it was weighed before.
+        """
+        if queue.retry is not None:
+            return None
+        try:
+            _, room = self._find_room(queue)
+        except UserError:
+            return None
+        if isinstance(room, policy.Refuse):
+            return None
+        self._ledger.claim(room.rung)
+        return room.rung
+
     def _find_room(self, queue: ModelQueue) -> tuple[policy.Wish, policy.Room]:
         wish = policy.load_wish(queue.waiting)
         modest = policy.Wish(options=queue.waiting[0].options)
@@ -83,9 +116,42 @@ class Placing:
             return modest, self._room_for(queue, modest)
         return wish, room
 
-    def _room_for(self, queue: ModelQueue, wish: policy.Wish) -> policy.Room:
-        plan = partial(wish.plan, self._planner, queue.waiting[0].model)
-        return policy.find_room(plan, self._ledger, queue.resident)
+    def _room_for(self, queue: ModelQueue, wish: policy.Wish) -> Room:
+        room = self._search(queue, wish).find()
+        if not isinstance(room, Refuse) and not _is_beside(room, queue):
+            return self._room_of_moves(queue, wish) or room
+        return room
+
+    def _search(self, queue: ModelQueue, wish: policy.Wish) -> RoomSearch:
+        books, own = self._books, queue.resident
+        return RoomSearch(
+            plan=partial(wish.plan, self._planner, queue.waiting[0].model),
+            ledger=self._ledger,
+            own=own,
+            leavers=[r for r in books.residents.values() if r is not own and books.can_leave(r)],
+            planner=self._planner,
+        )
+
+    def _room_of_moves(self, queue: ModelQueue, wish: policy.Wish) -> Room | None:
+        """Find room beside all residents where models between two placements give theirs up."""
+        given_up: list[ModelQueue] = []
+        for other in self._books.moving:
+            if self._books.is_pinned(other.key):
+                continue
+            self._ledger.let_go(other.key)
+            given_up.append(other)
+            room = self._search(queue, wish).find()
+            if _is_beside(room, queue):
+                self._given_up = given_up
+                return room
+        for other in given_up:
+            self._hold(other)
+        return None
+
+    def _hold(self, queue: ModelQueue) -> None:
+        if queue.move is not None:
+            firmly = self._books.is_pinned(queue.key)
+            self._ledger.hold(queue.key, queue.move.claim, firmly=firmly)
 
     def _reject_first(self, queue: ModelQueue, error: CapacityError | UserError) -> list[Effect]:
         """Reject the first in a queue, and those behind it that would be told the same."""

@@ -33,6 +33,7 @@ from shimpy.scheduler.ledger import Ledger
 from shimpy.scheduler.loads import load_message, with_defaults
 from shimpy.scheduler.policy import Planner
 from shimpy.scheduler.reports import HistoryEvent, Journal, ResidentInfo, WaitingInfo
+from shimpy.scheduler.simulations import ROUNDS, Simulations, needs_check
 from shimpy.scheduler.states import Event, Phase, Request, RequestId, Resident, WorkerId
 from shimpy.scheduler.worker import ENGINE_ARGV, Deadlines, Worker
 
@@ -48,11 +49,12 @@ class Scheduler:
         probe: Callable[[], Hardware],
         *,
         planner: Planner = plan_model,
+        simulations: Simulations | None = None,
         engine_argv: Sequence[str] = ENGINE_ARGV,
         clock: Clock | None = None,
         deadlines: Deadlines | None = None,
     ) -> None:
-        """`probe` may block: it is called in a thread."""
+        """`probe` may block: it is called in a thread. `simulations` plan in `planner`'s place."""
         self._config = config
         self._probe = probe
         self._engine_argv = tuple(engine_argv)
@@ -60,7 +62,10 @@ class Scheduler:
         self._deadlines = deadlines or Deadlines(
             load_s=config.load_timeout, silence_s=config.hang_timeout
         )
-        self._core = SchedulerCore(_limits(config), planner)
+        self._simulations = simulations
+        self._core = SchedulerCore(
+            _limits(config), planner if simulations is None else simulations.plan
+        )
         self._tasks = asyncio.TaskGroup()
         self._workers: dict[WorkerId, Worker] = {}
         self._grants: dict[RequestId, asyncio.Future[Lease | ShimpyError]] = {}
@@ -163,6 +168,7 @@ class Scheduler:
                 n_deaths=queue.n_deaths,
                 last_death=queue.last_death,
                 held_until_s=self._epoch(queue.held_until_s) if queue.held_until_s > now else None,
+                reason=self._journal.last_reason(queue.key),
             )
             for queue in self._core.queues.values()
             if queue.resident is None and (queue.waiting or queue.held_until_s > now)
@@ -259,13 +265,35 @@ class Scheduler:
 
     async def _probe_hardware(self) -> None:
         try:
-            hardware = await asyncio.to_thread(self._probe)
+            hardware = await self._check_figures(await asyncio.to_thread(self._probe))
         except Exception as error:  # noqa: BLE001 - a task's boundary: those who wait must hear
             _log.exception("probe_failed")
             effects = self._core.on_probe_failed(str(error), self._clock.now())
         else:
             effects = self._core.on_hardware(hardware, self._clock.now())
         self._carry_out(effects)
+
+    async def _check_figures(self, hardware: Hardware) -> Hardware:
+        """Have llama.cpp simulate what is about to be loaded; return a snapshot that is as fresh.
+
+        Bounded in time; what is known, or needs no simulation, costs none.
+        """
+        if self._simulations is None:
+            return hardware
+        until_s = self._simulations.deadline()
+        for _ in range(ROUNDS):
+            doubtful = [(m, plan) for m, plan in self._core.preview(hardware) if needs_check(plan)]
+            present = self._core.present(hardware)
+            learnt = [
+                await asyncio.to_thread(
+                    self._simulations.learn, model, plan.doubts, present, until_s=until_s
+                )
+                for model, plan in doubtful
+            ]
+            if not any(learnt):
+                break
+            hardware = await asyncio.to_thread(self._probe)
+        return hardware
 
     def _note(self, event: Event) -> None:
         shown = HistoryEvent(

@@ -7,5 +7,6 @@ checked before each call.
 
 from shimpy.engine.llama.backend import LlamaBackend, open_backend
 from shimpy.engine.llama.devices import list_devices
+from shimpy.engine.llama.simulate import simulate
 
-__all__ = ["LlamaBackend", "list_devices", "open_backend"]
+__all__ = ["LlamaBackend", "list_devices", "open_backend", "simulate"]

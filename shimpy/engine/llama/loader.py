@@ -63,8 +63,8 @@ class Model:
             self.handle = 0
 
 
-def load_model(load: Load, *, on_progress: OnProgress) -> Model:
-    """Load the weights as placed.
+def load_model(load: Load, *, on_progress: OnProgress, simulated: bool = False) -> Model:
+    """Load the weights as placed; `simulated`: only find out what they would take.
 
     Raises:
         LoadError: the file, the devices or the memory do not allow it, with llama.cpp's own
@@ -80,6 +80,9 @@ def load_model(load: Load, *, on_progress: OnProgress) -> Model:
     overrides = _overrides(load.n_cpu_moe)
     split = (ctypes.c_float * max(LL.llama_max_devices(), 1))(*load.tensor_split)
     params = _params(load)
+    if simulated:
+        # llama.cpp asserts that nothing is mapped then.
+        params.no_alloc, params.load_mode = True, LL.LLAMA_LOAD_MODE_NONE
     params.devices = ctypes.cast(devices, ctypes.c_void_p)
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     params.tensor_split = split if load.tensor_split else None
