@@ -71,9 +71,9 @@ class Client:
         """Return all models that the daemon knows, the broken ones too."""
         return list(self._call("GET", "/api/models")["models"])
 
-    def residents(self) -> list[dict[str, Any]]:
-        """Return the loaded models with their placement."""
-        return list(self._call("GET", "/api/ps")["models"])
+    def ps(self) -> dict[str, Any]:
+        """Return the loaded models, those that wait or are held back, and the last to leave."""
+        return self._call("GET", "/api/ps")
 
     def events(self, *, since: str = "", follow: bool = True) -> Iterator[dict[str, Any]]:
         """Yield what is loaded, unloaded and evicted, until the daemon stops.

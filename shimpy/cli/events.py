@@ -38,13 +38,14 @@ _NAME_WIDTH = 22
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each event.")
 def command(model: str | None, since: str, *, follow: bool, as_json: bool) -> None:
     """Show what is loaded, unloaded and evicted, and why; with MODEL, of that one alone."""
+    from shimpy.cli.output import wrapped
     from shimpy.client import Client
     from shimpy.config import client_url
 
     with Client(client_url()) as client:
         for event in client.events(since=since, follow=follow):
             if model is None or event["model"] in {model, f"{model}:latest"}:
-                click.echo(json.dumps(event) if as_json else format_event(event))
+                click.echo(json.dumps(event) if as_json else wrapped(format_event(event)))
 
 
 def format_event(event: dict[str, Any]) -> str:

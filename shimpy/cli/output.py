@@ -18,12 +18,12 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under headers; never wrapped or coloured when piped."""
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, gap: int = 3) -> None:
+    """Print rows under headers, `gap` spaces apart; never wrapped or coloured when piped."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
     for header in headers:
         table.add_column(header, no_wrap=True, overflow="ignore")
     for row in rows:
@@ -31,6 +31,17 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     # Wide enough for every cell: a table that is cut is of no use to grep.
     console = Console(width=None if sys.stdout.isatty() else 10_000, soft_wrap=True)
     console.print(table, crop=False)
+
+
+def wrapped(line: str) -> str:
+    """Return a line broken between words where the terminal ends; whole when piped."""
+    import shutil
+    import textwrap
+
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def hint(text: str) -> None:

@@ -49,6 +49,8 @@ class WaitingInfo:
     last_death: str
     # Seconds since the epoch; None: not held back.
     held_until_s: float | None
+    # Why it is not loaded, as far as anything was said of it.
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,11 @@ class Journal:
     def past(self) -> tuple[HistoryEvent, ...]:
         """Return the events, oldest first."""
         return tuple(self._events)
+
+    def last_reason(self, model: str) -> str:
+        """Return the reason of the last event about a model; "" when none is remembered."""
+        about = (event.reason for event in reversed(self._events) if event.model == model)
+        return next(about, "")
 
     def follow(self, after: int | None = None) -> AsyncGenerator[HistoryEvent, None]:
         """Yield what is remembered with an id above `after`, then what comes; None: what comes.

@@ -78,15 +78,19 @@ def test_ps_shows_the_placement_until_stop(daemon: Daemon) -> None:
     assert daemon.shimpy("run", "tiny-deepseek", "x", "-o", "num_predict=1").returncode == 0
     table = daemon.shimpy("ps").stdout
     assert "tiny-deepseek:q8_0" in table
-    assert "CPU" in table
+    assert re.search(r"^tiny-deepseek:q8_0 +ready +CPU ", table, re.MULTILINE)
+    # What it takes, and what it was predicted to.
+    assert re.search(r"^tiny-deepseek:q8_0 +RAM( +[\d.]+ [KM]iB){5}", table, re.MULTILINE)
     resident = next(
         model
-        for model in json.loads(daemon.shimpy("ps", "--json").stdout)
+        for model in json.loads(daemon.shimpy("ps", "--json").stdout)["models"]
         if model["name"] == "tiny-deepseek:q8_0"
     )
     assert resident["placement"]["mode"] == "cpu"
     assert daemon.shimpy("stop", "tiny-deepseek").returncode == 0
-    assert "tiny-deepseek" not in daemon.shimpy("ps").stdout
+    loaded, _, recently = daemon.shimpy("ps").stdout.partition("RECENTLY")
+    assert "tiny-deepseek" not in loaded
+    assert "tiny-deepseek:q8_0      somebody asked for it" in recently
 
 
 def test_events_are_told_with_their_reasons(daemon: Daemon) -> None:

@@ -109,7 +109,7 @@ def test_ollamas_settings_are_used_and_shown(daemon: Daemon) -> None:
     daemon.shimpy("run", "qwen3:8b", "hello")
     (resident,) = [
         resident
-        for resident in json.loads(daemon.shimpy("ps", "--json").stdout)
+        for resident in json.loads(daemon.shimpy("ps", "--json").stdout)["models"]
         if resident["name"] == "qwen3:8b"
     ]
     assert resident["context_length"] == 512

@@ -11,18 +11,30 @@ import msgspec
 
 from shimpy.placement.placement import DeviceUse, HostUse, Rung
 from shimpy.protocol.messages import BufferUse
-from shimpy.scheduler.reports import ResidentInfo
+from shimpy.scheduler.reports import HistoryEvent, ResidentInfo
+from shimpy.scheduler.states import EventKind
 from shimpy.server.ollama.listing import details
 from shimpy.server.ollama.wire import FOREVER_S, format_local_time
 
 # llama.cpp's name for host memory.
 _HOST = "CPU"
+# What took memory from a model, or kept it from getting some; the rest is in /api/events.
+_DEPARTURES: frozenset[EventKind] = frozenset(
+    {"unload", "evict", "reload", "retry", "load_failed", "died", "refused"}
+)
+_N_RECENT = 16
 
 
 def resident_entries(residents: Sequence[ResidentInfo]) -> list[dict[str, Any]]:
     """Return the loaded models as /api/ps lists them, the longest remaining first."""
     ordered = sorted(residents, key=lambda resident: -resident.expires_at_s)
     return [resident_entry(resident) for resident in ordered]
+
+
+def recent_entries(history: Sequence[HistoryEvent]) -> list[HistoryEvent]:
+    """Return the last unloads, evictions and failures with their reasons, the latest first."""
+    left = [event for event in reversed(history) if event.kind in _DEPARTURES]
+    return left[:_N_RECENT]
 
 
 def resident_entry(resident: ResidentInfo) -> dict[str, Any]:
@@ -46,6 +58,10 @@ def resident_entry(resident: ResidentInfo) -> dict[str, Any]:
         "n_leases": resident.n_leases,
         "n_waiting": resident.n_waiting,
         "n_threads": resident.n_threads,
+        "n_kv_used": None if resident.stats is None else resident.stats.n_kv_used,
+        "loaded_at": None
+        if resident.loaded_at_s is None
+        else format_local_time(resident.loaded_at_s),
         "placement": placement_entry(resident.rung, None if ready is None else ready.memory)
         | {"n_tensors_overridden": 0 if ready is None else ready.n_overridden},
     }

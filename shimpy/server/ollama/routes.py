@@ -132,12 +132,18 @@ async def tags(request: web.Request) -> web.Response:
 
 
 async def ps(request: web.Request) -> web.Response:
-    """GET /api/ps: the loaded models, and the cards that lie idle because of the build."""
+    """GET /api/ps: the loaded models, and why others are not.
+
+    Those that wait for memory or are held back, the last that were unloaded, and the cards that
+    lie idle because of the build.
+    """
     services = services_of(request)
-    loaded = services.scheduler.residents()
+    scheduler = services.scheduler
     return json_response(
         {
-            "models": residents.resident_entries(loaded),
+            "models": residents.resident_entries(scheduler.residents()),
+            "waiting": scheduler.waiting(),
+            "recent": residents.recent_entries(scheduler.history()),
             "unusable_gpus": services.machine.unusable_gpus,
         }
     )

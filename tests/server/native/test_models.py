@@ -14,6 +14,8 @@ import shimpy
 from shimpy.config import Config
 from shimpy.placement.placement import PlanOptions
 from shimpy.server.native import diagnosis
+from tests.fake_engine import Script
+from tests.scheduler.workshop import FAKE_ENGINE
 from tests.server.harness import Running, running_app
 from tests.synthetic import write_chain
 
@@ -79,6 +81,28 @@ async def test_a_model_that_works_is_unloaded_later(
         assert (await _post(app, "/api/models/chain/unload"))["status"] == "unloading"
     await scheduler.wait_unloaded("chain:latest")
     assert "chain:latest" not in await _loaded(app)
+
+
+async def test_ps_says_why_models_are_not_loaded(tmp_path: Path) -> None:
+    """The last to leave with the reason; those held back with what they died of."""
+    write_chain(tmp_path / "chain.gguf")
+    bad = write_chain(tmp_path / "bad.gguf")
+    Script(dies_on_submit="abort").save(bad)
+    async with running_app(tmp_path, tmp_path, engine_argv=FAKE_ENGINE) as app:
+        await _post(app, "/api/models/chain/load")
+        await _post(app, "/api/models/chain/unload")
+        for _ in range(3):
+            failed = await app.client.post("/api/generate", json={"model": "bad", "prompt": "x"})
+            assert failed.status_code == 500
+        state = (await app.client.get("/api/ps")).json()
+    assert state["models"] == []
+    (held,) = state["waiting"]
+    assert (held["name"], held["n_deaths"]) == ("bad:latest", 3)
+    assert "GGML_ASSERT" in held["last_death"]
+    assert held["held_until_s"] > 0
+    *died, left = state["recent"]
+    assert (left["kind"], left["reason"]) == ("unload", "somebody asked for it")
+    assert [event["kind"] for event in died] == ["died"] * 3
 
 
 @pytest.mark.parametrize("what", ["load", "unload", "status"])
