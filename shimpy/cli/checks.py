@@ -9,6 +9,7 @@ import resource
 import secrets
 import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from shimpy.units import GIB, format_bytes
 
 Verdict = Literal["ok", "warning", "failed"]
 
+# Who runs the system's service, which has the same name.
+SERVICE_USER = "shimpy"
 _LITTLE_DISK = 10 * GIB
 # How long another program on the address may take to answer.
 _ANSWER_S = 3.0
@@ -147,7 +150,11 @@ def check_hardware(config: Config, user: str) -> Iterator[Finding]:
 
 def check_locked_memory(total_bytes: int, user: str, *, has_gpu: bool) -> Finding:
     """Look whether experts in RAM could be page-locked; without a card nobody needs it."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    remedy = "sudo systemctl edit shimpy  # [Service] LimitMEMLOCK=infinity"
+    limit = _service_limit() if user == SERVICE_USER else None
+    if limit is None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        remedy = f"echo '{user} - memlock unlimited' | sudo tee /etc/security/limits.d/shimpy.conf"
     if limit == resource.RLIM_INFINITY:
         return Finding(check="locked memory", verdict="ok", detail="unlimited")
     detail = f"at most {format_bytes(limit)} of {format_bytes(total_bytes)}"
@@ -157,8 +164,22 @@ def check_locked_memory(total_bytes: int, user: str, *, has_gpu: bool) -> Findin
         check="locked memory",
         verdict="warning",
         detail=f"{detail}: experts in RAM may be slow to prefill",
-        remedy=f"echo '{user} - memlock unlimited' | sudo tee /etc/security/limits.d/shimpy.conf",
+        remedy=remedy,
     )
+
+
+def _service_limit() -> int | None:
+    """Return the bytes that the service may lock, which no shell's limit tells; None: no service.
+
+    Source: systemd.exec(5), LimitMEMLOCK=.
+    """
+    argv = ["systemctl", "show", "--value", "--property=LimitMEMLOCK", f"{SERVICE_USER}.service"]
+    try:
+        done = subprocess.run(argv, check=False, capture_output=True, text=True)  # noqa: S603
+        text = done.stdout.strip()
+        return resource.RLIM_INFINITY if text == "infinity" else int(text)
+    except (OSError, ValueError):
+        return None
 
 
 def check_port(bind: str) -> Finding:

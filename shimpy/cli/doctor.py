@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from shimpy.cli.checks import Finding
 
 _MARKS = {"ok": "ok", "warning": "!", "failed": "FAILED"}
-_SERVICE_USER = "shimpy"
 _SERVICE_HOME = "/var/lib/shimpy"
 
 
@@ -59,10 +58,12 @@ def _print(findings: list[Finding]) -> None:
 def _service_user() -> str | None:
     import pwd
 
+    from shimpy.cli.checks import SERVICE_USER
+
     if os.geteuid() != 0 or not Path("/etc/systemd/system/shimpy.service").exists():
         return None
     try:
-        return pwd.getpwnam(_SERVICE_USER).pw_name
+        return pwd.getpwnam(SERVICE_USER).pw_name
     except KeyError:
         return None
 
@@ -72,6 +73,7 @@ def _run_as(name: str) -> int:
     import pwd
     import subprocess
 
+    from shimpy.cli.checks import SERVICE_USER
     from shimpy.errors import NotFoundError
 
     try:
@@ -79,7 +81,7 @@ def _run_as(name: str) -> int:
     except KeyError:
         raise NotFoundError(f"there is no user {name!r} on this machine") from None
     env = {**os.environ, "HOME": user.pw_dir, "USER": name, "LOGNAME": name}
-    if name == _SERVICE_USER:
+    if name == SERVICE_USER:
         env.setdefault("SHIMPY_HOME", _SERVICE_HOME)
     done = subprocess.run(  # noqa: S603 - this very program
         [sys.executable, "-m", "shimpy", *sys.argv[1:]],
