@@ -17,10 +17,10 @@ from shimpy.units import parse_bytes
 if TYPE_CHECKING:
     from shimpy.config import Config
     from shimpy.errors import NotFoundError
-    from shimpy.gguf.arch import ModelShape
     from shimpy.placement.explain import PlanReport
     from shimpy.placement.hardware import Hardware
     from shimpy.placement.placement import CpuMoe, PlanOptions, Rung
+    from shimpy.registry.model import Model
 
 _CPU_MOE = ("auto", "on", "off")
 _KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -84,32 +84,46 @@ def command(
     """
     from shimpy.cli.output import print_json
     from shimpy.config import load_config
-    from shimpy.placement.explain import plan_report, plan_to_json
+    from shimpy.placement.explain import plan_to_json
 
     config = load_config(file=config_file).config
-    name, shape = find_model(model, config)
+    name, found = find_model(model, config)
     options = plan_options(config, n_ctx=n_ctx, n_slots=slots, cpu_moe=cpu_moe, kv_type=kv_type)
-    report = plan_report(name, shape, find_hardware(config, vram=vram, ram=ram), options)
+    report = make_report(name, found, find_hardware(config, vram=vram, ram=ram), options, config)
     if as_json:
         print_json(plan_to_json(report))
     else:
         print_report(report)
 
 
-def find_model(text: str, config: Config) -> tuple[str, ModelShape]:
-    """Return the name and the shape of a model, given as a name or as a path to its file.
+def make_report(
+    name: str, model: Model, hardware: Hardware, options: PlanOptions, config: Config
+) -> PlanReport:
+    """Return the plan of a model, its figures checked by llama.cpp where the devices are there."""
+    from shimpy.placement.explain import PlanReport
+    from shimpy.scheduler.simulations import FILE_NAME, Simulations
+
+    simulations = Simulations(config.state_dir / FILE_NAME)
+    plan = simulations.plan_exactly(model, hardware, options)
+    assert model.shape is not None, "find_model returns only models that can be used"
+    return PlanReport(model=name, shape=model.shape, hardware=hardware, plan=plan)
+
+
+def find_model(text: str, config: Config) -> tuple[str, Model]:
+    """Return a model, given as a name or as a path to its file, and what to call it.
 
     Raises:
         NotFoundError, InvalidNameError: there is no such model.
         GgufError: its file is broken.
     """
+    from shimpy.registry.registry import Registry, model_of_files
+
     path = Path(text).expanduser()
     if path.suffix.lower() == ".gguf":
-        return path.name, _read_shape([path])
+        return path.name, model_of_files([path])
     from shimpy.config import tool_folders
     from shimpy.errors import NotFoundError
     from shimpy.registry.own import BuiltIn
-    from shimpy.registry.registry import Registry
     from shimpy.registry.tools import tool_sources
 
     folders = tool_folders()
@@ -124,16 +138,8 @@ def find_model(text: str, config: Config) -> tuple[str, ModelShape]:
         model = registry.resolve(text)
     except NotFoundError as error:
         # Its store, and folders given as flags, are known to a running daemon alone.
-        return text, _read_shape(_ask_daemon_for_files(text, error))
-    assert model.shape is not None, "resolve returns only models that can be used"
-    return str(model.name), model.shape
-
-
-def _read_shape(files: list[Path]) -> ModelShape:
-    from shimpy.gguf.arch import describe_model
-    from shimpy.gguf.reader import read_files, read_header
-
-    return describe_model(read_header(files[0]) if len(files) == 1 else read_files(files))
+        return text, model_of_files(_ask_daemon_for_files(text, error))
+    return str(model.name), model
 
 
 def _ask_daemon_for_files(name: str, error: NotFoundError) -> list[Path]:

@@ -79,6 +79,7 @@ def plan_lines(report: PlanReport) -> list[str]:
     lines = [_headline(report), f"why: {report.plan.reason}", _settings_line(rung.placement)]
     lines += [_device_line(device) for device in rung.devices]
     lines.append(_host_line(rung.host))
+    lines.append(f"figures: {_SOURCES[rung.is_exact]}")
     if shape.is_moe:
         lines.append(
             f"experts: {shape.n_expert} of which {shape.n_expert_used} are used per token"
@@ -86,6 +87,11 @@ def plan_lines(report: PlanReport) -> list[str]:
             f"{format_bytes(shape.expert_bytes)} of {format_bytes(shape.file_bytes)}"
         )
     return lines + [unusable_line(card) for card in report.hardware.unusable]
+
+
+def figures_word(rung: Rung) -> str:
+    """Return where a rung's bytes come from: "exact", llama.cpp's simulation, or "estimated"."""
+    return "exact" if rung.is_exact else "estimated"
 
 
 def forecast_line(report: PlanReport) -> str:
@@ -104,6 +110,10 @@ def unusable_line(card: UnusableGpu) -> str:
     """Return what to know of a card that this build of llama.cpp can't use."""
     size = f" ({format_bytes(card.total_bytes)})" if card.total_bytes else ""
     return f"not used: {card.description}{size}: {card.reason}; to use it: {card.remedy}"
+
+
+# Where a rung's bytes are from, by whether they are exact.
+_SOURCES = {True: "exact, as llama.cpp itself simulates the load", False: "estimated by formulas"}
 
 
 def _headline(report: PlanReport) -> str:
@@ -176,6 +186,7 @@ def _shared(shape: ModelShape) -> str:
 def _rung_parts(rung: Rung) -> dict[str, Any]:
     placement = rung.placement
     return {
+        "figures": figures_word(rung),
         "placement": {
             "mode": placement.mode,
             "n_gpu_layers": placement.n_gpu_layers,

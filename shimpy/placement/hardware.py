@@ -97,5 +97,6 @@ def suppose(
             lockable_bytes=None,
             n_cores=host.n_cores,
         )
-    library = actual.library if actual else ""
+    # Nothing can be simulated on a card that is not there.
+    library = actual.library if actual and not vram_bytes else ""
     return Hardware(gpus=gpus, unusable=unusable, host=host, library=library)

@@ -282,6 +282,24 @@ def _read(found: FoundModel) -> Record:
         return Record(kind="broken", digest=digest, error=error.message, is_lasting=is_lasting)
 
 
+def model_of_files(files: Sequence[Path]) -> Model:
+    """Return the model that files hold, all its shards in order, registered or not; blocking.
+
+    Raises:
+        GgufError: a file is broken.
+    """
+    header = read_header(files[0]) if len(files) == 1 else read_files(files)
+    return Model(
+        name=name_from_stem(files[0].stem),
+        files=tuple(files),
+        size_bytes=sum(shard.file_bytes for shard in header.shards),
+        modified_s=max(path.stat().st_mtime for path in files),
+        digest=_digest(header),
+        source=str(files[0].parent),
+        shape=describe_model(header),
+    )
+
+
 def _digest(header: Header) -> str:
     digest = hashlib.sha256()
     for shard in header.shards:

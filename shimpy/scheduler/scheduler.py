@@ -62,7 +62,7 @@ class Scheduler:
         self._deadlines = deadlines or Deadlines(
             load_s=config.load_timeout, silence_s=config.hang_timeout
         )
-        self._simulations = simulations
+        self.simulations = simulations or Simulations(None)
         self._core = SchedulerCore(
             _limits(config), planner if simulations is None else simulations.plan
         )
@@ -278,15 +278,15 @@ class Scheduler:
 
         Bounded in time; what is known, or needs no simulation, costs none.
         """
-        if self._simulations is None:
+        if not hardware.library:
             return hardware
-        until_s = self._simulations.deadline()
+        until_s = self.simulations.deadline()
         for _ in range(ROUNDS):
             doubtful = [(m, plan) for m, plan in self._core.preview(hardware) if needs_check(plan)]
             present = self._core.present(hardware)
             learnt = [
                 await asyncio.to_thread(
-                    self._simulations.learn, model, plan.doubts, present, until_s=until_s
+                    self.simulations.learn, model, plan.doubts, present, until_s=until_s
                 )
                 for model, plan in doubtful
             ]

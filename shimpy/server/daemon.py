@@ -32,6 +32,8 @@ from shimpy.registry.registry import Registry
 from shimpy.registry.store import LEFTOVER_S, Store
 from shimpy.registry.tools import tool_sources
 from shimpy.scheduler.scheduler import Scheduler
+from shimpy.scheduler.simulations import FILE_NAME as SIMULATIONS_NAME
+from shimpy.scheduler.simulations import Simulations
 from shimpy.server.app import make_app
 from shimpy.server.cards import ModelCards
 from shimpy.server.connections import IDLE_TIMEOUT_S, Connections, allow_files, http_logger
@@ -118,7 +120,11 @@ async def _serve(
             is_exposed=exposed is not None and not config.insecure,
         )
         _check_exposure(gate, exposed, has_tls=tls is not None)
-        async with Scheduler(config, machine.probe) as scheduler, asyncio.TaskGroup() as tasks:
+        simulations = Simulations(config.state_dir / SIMULATIONS_NAME)
+        async with (
+            Scheduler(config, machine.probe, simulations=simulations) as scheduler,
+            asyncio.TaskGroup() as tasks,
+        ):
             services = Services(
                 config=config,
                 registry=fresh,

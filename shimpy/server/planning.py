@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shimpy.placement.explain import plan_report, plan_to_json
+from shimpy.placement.explain import PlanReport, plan_to_json
 from shimpy.placement.hardware import suppose
 from shimpy.placement.placement import PlanOptions
 from shimpy.registry.model import Model
@@ -27,9 +27,16 @@ class Supposition:
 
 
 async def plan_model(
-    services: Services, model: Model, supposed: Supposition | None = None
+    services: Services,
+    model: Model,
+    supposed: Supposition | None = None,
+    *,
+    exactly: bool = False,
 ) -> dict[str, Any] | None:
     """Return the JSON of a model's plan; None where its shape is not known.
+
+    `exactly`: llama.cpp is asked what the placement takes, which may last a second; else that is
+    told where it is known already.
 
     Raises:
         InvalidOptionError: an option can't be used with this model.
@@ -41,4 +48,11 @@ async def plan_model(
     actual = await asyncio.to_thread(services.machine.probe)
     hardware = suppose(actual, vram_bytes=wish.vram_bytes, ram_bytes=wish.ram_bytes)
     options = with_defaults(plan_options(model, wish.options), services.config)
-    return plan_to_json(plan_report(str(model.name), model.shape, hardware, options))
+    simulations = services.scheduler.simulations
+    if exactly:
+        plan = await asyncio.to_thread(simulations.plan_exactly, model, hardware, options)
+    else:
+        plan = simulations.plan(model.shape, hardware, options)
+    name = str(model.name)
+    report = PlanReport(model=name, shape=model.shape, hardware=hardware, plan=plan)
+    return plan_to_json(report)

@@ -32,7 +32,7 @@ async def plan(request: web.Request) -> web.Response:
     body = await read_body(request, PlanBody)
     supposed = parse_supposition(body)
     model = await find_model(services, parse_model(body.model, body.name), record_of(request))
-    return json_response(await plan_model(services, model, supposed))
+    return json_response(await plan_model(services, model, supposed, exactly=True))
 
 
 ROUTES = [web.get("/api/models", models), web.post("/api/plan", plan)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from shimpy.placement.explain import figures_word
 from shimpy.placement.placement import DeviceUse, HostUse, Rung
 from shimpy.protocol.messages import BufferUse
 from shimpy.scheduler.reports import HistoryEvent, ResidentInfo
@@ -73,6 +74,7 @@ def placement_entry(rung: Rung, real: Sequence[BufferUse] | None) -> dict[str, A
     `real` is null while the model loads.
     """
     entry: dict[str, Any] = msgspec.to_builtins(rung.placement)
+    entry["figures"] = figures_word(rung)
     entry["devices"] = [
         _use_entry(use) | {"name": use.name, "real": _real_bytes(real, use.name)}
         for use in rung.devices
