@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from shimpy.errors import ShimpyError
-from shimpy.placement.placement import Rung
+from shimpy.placement.placement import PlanOptions, Rung
+from shimpy.registry.model import Model
 from shimpy.scheduler import policy
 from shimpy.scheduler.effects import Effect, Grant, Reject, StartWorker, StopWorker, note
 from shimpy.scheduler.states import (
     EventKind,
     ModelQueue,
+    Move,
     Phase,
     Purpose,
     Request,
@@ -38,6 +41,10 @@ class Limits:
     max_queue: int
     # Threads of every worker; None: busy workers share the cores.
     n_threads: int | None = None
+    # Models that are never evicted once they are loaded, by name.
+    pinned: frozenset[str] = frozenset()
+    # How often free memory is looked at while models are loaded, in seconds; 0: never.
+    replan_interval_s: float = 0.0
 
 
 class Books:
@@ -50,6 +57,8 @@ class Books:
         self.waiting: dict[RequestId, ModelQueue] = {}
         # With the time of the grant.
         self.leases: dict[RequestId, tuple[Resident, float]] = {}
+        # Models that somebody has pinned or unpinned, whatever the limits say.
+        self._pins: dict[str, bool] = {}
         # From the last snapshot of the hardware.
         self.n_cores = 1
         self._last_worker = 0
@@ -154,6 +163,12 @@ class Books:
         """Whether requests wait for a resident's model."""
         return bool(self.queues[resident.key].waiting)
 
+    def can_leave(self, resident: Resident) -> bool:
+        """Whether a resident may be evicted: nobody uses it, or waits for its load."""
+        is_unasked = resident.phase is Phase.LOADING and resident.move is not None
+        is_free = resident.is_idle or (is_unasked and not self.has_waiting(resident))
+        return is_free and not resident.is_pinned
+
     def start(
         self,
         queue: ModelQueue,
@@ -164,23 +179,46 @@ class Books:
         now: float,
     ) -> StartWorker:
         """Give a queue a resident that loads what its first request wants."""
+        keep_alive_s = self.limits.keep_alive_s
+        if queue.move is not None:
+            keep_alive_s = queue.move.keep_alive_s
+        resident = self._new_resident(queue, queue.waiting[0].model, rung, purpose, now)
+        resident.keep_alive_s = keep_alive_s
+        resident.lower_rungs = lower_rungs
+        queue.retry = None
+        self.unblock(queue)
+        return _started(resident)
+
+    def start_move(
+        self, queue: ModelQueue, rung: Rung, lower_rungs: tuple[Rung, ...], *, now: float
+    ) -> StartWorker:
+        """Give a queue that nobody waits in its resident back, with another placement."""
+        move = queue.move
+        assert move is not None, "only what is on its way somewhere is moved"
+        resident = self._new_resident(queue, move.model, rung, move.purpose, now)
+        resident.keep_alive_s = move.keep_alive_s
+        resident.lower_rungs = lower_rungs
+        resident.move = move
+        return _started(resident)
+
+    def _new_resident(
+        self, queue: ModelQueue, model: Model, rung: Rung, purpose: Purpose, now: float
+    ) -> Resident:
         self._last_worker += 1
         resident = Resident(
             worker=WorkerId(self._last_worker),
-            model=queue.waiting[0].model,
+            model=model,
             purpose=purpose,
             rung=rung,
-            lower_rungs=lower_rungs,
+            lower_rungs=(),
             keep_alive_s=self.limits.keep_alive_s,
             n_threads=self.limits.n_threads or self.n_cores,
             started_s=now,
+            is_pinned=self.is_pinned(queue.key),
         )
+        queue.move = None
         queue.resident = self.residents[resident.worker] = resident
-        queue.retry = None
-        self.unblock(queue)
-        return StartWorker(
-            worker=resident.worker, model=resident.model, rung=rung, n_threads=resident.n_threads
-        )
+        return resident
 
     def stop(
         self,
@@ -198,6 +236,58 @@ class Books:
         stop = StopWorker(worker=resident.worker, reason=reason)
         return [stop, note(kind, resident.key, reason, now, cause=cause or kind)]
 
+    def begin_move(
+        self,
+        resident: Resident,
+        options: PlanOptions,
+        *,
+        claim: Rung,
+        least: Rung,
+        reason: str,
+        now: float,
+        kind: Literal["shrunk", "moved_up"],
+        cause: str,
+    ) -> list[Effect]:
+        """Stop an idle resident, to load it again with another placement."""
+        self.queues[resident.key].move = Move(
+            model=resident.model,
+            purpose=resident.purpose,
+            options=options,
+            claim=claim,
+            least=least,
+            keep_alive_s=resident.keep_alive_s,
+            idle_since_s=resident.idle_since_s,
+        )
+        return self.stop(resident, reason, now, kind=kind, cause=cause)
+
+    def drop_move(
+        self, queue: ModelQueue, reason: str, now: float, *, kind: EventKind, cause: str
+    ) -> list[Effect]:
+        """Leave a model unloaded that was on its way to another placement."""
+        if queue.move is None:
+            return []
+        queue.move = None
+        return [note(kind, queue.key, reason, now, cause=cause)]
+
+    @property
+    def moving(self) -> list[ModelQueue]:
+        """The queues whose model is between two placements while nobody waits for it."""
+        return [
+            queue for queue in self.queues.values() if queue.move is not None and not queue.waiting
+        ]
+
+    # --- pins -----------------------------------------------------------------------------
+
+    def is_pinned(self, key: str) -> bool:
+        """Whether a model stays loaded whoever needs its memory."""
+        return self._pins.get(key, key in self.limits.pinned)
+
+    def pin(self, key: str, *, pinned: bool) -> None:
+        """Pin or unpin a model; it wins over the limits."""
+        self._pins.pop(key, None)
+        if pinned is not (key in self.limits.pinned):
+            self._pins[key] = pinned
+
     def remove(self, worker: WorkerId) -> Resident | None:
         """Forget a worker that has ended, and the leases on it."""
         resident = self.residents.pop(worker, None)
@@ -211,6 +301,15 @@ class Books:
         """Forget the queues that have nothing to remember."""
         for key in [key for key, queue in self.queues.items() if queue.is_forgettable]:
             del self.queues[key]
+
+
+def _started(resident: Resident) -> StartWorker:
+    return StartWorker(
+        worker=resident.worker,
+        model=resident.model,
+        rung=resident.rung,
+        n_threads=resident.n_threads,
+    )
 
 
 def _want_the_same(one: Request, other: Request) -> bool:

@@ -5,18 +5,21 @@ The rules it keeps:
 - First come, first served among the requests for one model. A loaded model never waits for
   another's load, but for one case: a load that busy residents have kept waiting for
   PATIENCE_S makes them stop taking newer requests, so that nobody waits for ever.
-- A resident with leases is never evicted. Before an idle one is, a placement beside all
-  others is looked for (policy.find_room).
+- A resident with leases is never evicted, nor is a pinned one. Before an idle one is, a
+  placement is looked for in which all fit (room.RoomSearch).
 - Every request ends exactly once: rejected, cancelled while it waits, or granted and then
   released, cancelled or lost with its worker.
 - A load is decided on a fresh snapshot only. Whatever may make room for a waiting load asks
   for one (Probe); one that was overtaken by a change of the residents is taken again.
+- While models are loaded, a snapshot is also taken every few seconds, and idle residents are
+  placed anew where it must or may be (replanning.Watch).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -35,10 +38,18 @@ from shimpy.protocol.messages import Ready
 from shimpy.registry.model import Model
 from shimpy.scheduler import policy
 from shimpy.scheduler.books import Books, Limits
-from shimpy.scheduler.effects import Effect, Probe, Reject, SetThreads, StopWorker, note
+from shimpy.scheduler.effects import (
+    Effect,
+    Probe,
+    Reject,
+    SetThreads,
+    StopWorker,
+    note,
+)
 from shimpy.scheduler.exits import WorkerExit
 from shimpy.scheduler.ledger import Ledger
 from shimpy.scheduler.placing import Placing
+from shimpy.scheduler.replanning import Watch
 from shimpy.scheduler.states import (
     ModelQueue,
     Phase,
@@ -50,6 +61,9 @@ from shimpy.scheduler.states import (
 )
 from shimpy.units import format_duration
 
+# Between two looks at free memory at least so many times as long as one takes.
+_LOOK_SHARE = 50.0
+
 
 class SchedulerCore:
     """Owns which models are resident; every method is an event and returns what to do."""
@@ -58,7 +72,12 @@ class SchedulerCore:
         self._books = Books(limits)
         self._limits = limits
         self._planner = planner
+        self._watch = Watch()
         self._draining = False
+        # When free memory is to be looked at again; a snapshot is wanted for that.
+        self._look_at_s = math.inf
+        self._wants_look = False
+        self._probed_s = 0.0
         # A snapshot is on its way; it was overtaken; another one is needed after it.
         self._probing = False
         self._overtaken = False
@@ -81,18 +100,27 @@ class SchedulerCore:
         """When on_timer is to be called next; None: not before another event."""
         books = self._books
         idle = [r for r in books.residents.values() if r.is_idle and not books.has_waiting(r)]
-        times = [resident.idle_since_s + resident.keep_alive_s for resident in idle]
+        times = [resident.expires_s for resident in idle]
+        times += [
+            queue.move.expires_s
+            for queue in books.moving
+            if queue.move is not None and queue.resident is None
+        ]
         times += [
             queue.blocked_since_s + policy.PATIENCE_S
             for queue in books.queues.values()
             if queue.blocked_since_s is not None and not queue.is_impatient
         ]
+        if not self._wants_look:
+            times.append(self._look_at_s)
         soonest = min(times, default=math.inf)
         return None if math.isinf(soonest) else soonest
 
     def on_limits(self, limits: Limits) -> None:
         """Keep to other limits from now on; residents keep their own keep_alive."""
         self._limits = self._books.limits = limits
+        for resident in self._books.residents.values():
+            resident.is_pinned = self._books.is_pinned(resident.key)
 
     # --- events: requests -----------------------------------------------------------------
 
@@ -126,7 +154,8 @@ class SchedulerCore:
             return self.on_released(request, now, completed=False)
         effects = self._books.grant_waiting(queue, now)
         resident = queue.resident
-        if not queue.waiting and resident is not None and resident.phase is Phase.LOADING:
+        is_loading = resident is not None and resident.phase is Phase.LOADING
+        if resident is not None and is_loading and not queue.waiting and resident.move is None:
             reason = "no request waits for it any more"
             effects += self._books.stop(resident, reason, now, cause="abandoned")
         self._wants_probe = True
@@ -151,7 +180,10 @@ class SchedulerCore:
     # --- events: hardware -----------------------------------------------------------------
 
     def on_hardware(self, hardware: Hardware, now: float) -> list[Effect]:
-        """Place the models that are waited for, the longest waiting first (Placing.place)."""
+        """Place the models that are waited for, the longest waiting first (Placing.place).
+
+        When it is time for that, idle residents are placed anew (Watch.look).
+        """
         self._probing = False
         self._books.n_cores = hardware.host.n_cores
         if self._overtaken:
@@ -160,9 +192,13 @@ class SchedulerCore:
             return self._settle([], now)
         ledger = Ledger(hardware, self._books.residents.values())
         placing = Placing(self._books, ledger, self._planner, now)
-        effects: list[Effect] = []
-        for queue in sorted(self._pending(), key=lambda queue: queue.waiting[0].id):
-            effects += placing.place(queue)
+        effects = placing.place_all(self._pending())
+        if self._wants_look:
+            self._wants_look = False
+            effects += self._watch.look(self._books, ledger, self._planner, now)
+            # Where a snapshot takes long, they are taken less often.
+            pause_s = max(self._limits.replan_interval_s, _LOOK_SHARE * (now - self._probed_s))
+            self._look_at_s = now + pause_s
         return self._settle(effects, now)
 
     def preview(self, hardware: Hardware) -> list[tuple[Model, Plan]]:
@@ -193,8 +229,11 @@ class SchedulerCore:
     def on_probe_failed(self, reason: str, now: float) -> list[Effect]:
         """Reject what waits to be placed: nothing is known of the hardware."""
         self._probing = False
-        self._overtaken = False
+        self._overtaken = self._wants_look = False
+        self._look_at_s = now + self._limits.replan_interval_s
         effects: list[Effect] = []
+        for queue in self._books.moving:
+            effects += self._books.drop_move(queue, reason, now, kind="unload", cause="no_room")
         for queue in self._pending():
             message = f"{queue.key} can't be placed: the hardware could not be probed: {reason}"
             effects += self._books.reject_waiting(queue, partial(LoadError, message))
@@ -210,11 +249,15 @@ class SchedulerCore:
         resident.phase = Phase.READY
         resident.ready = ready
         resident.ready_s = resident.idle_since_s = now
+        queue = self._books.queues[resident.key]
+        if resident.move is not None and not queue.waiting:
+            resident.idle_since_s = resident.move.idle_since_s
+        resident.move = None
         self._residents_changed()
         took = format_duration(now - resident.started_s)
         reason = f"loaded in {took}, {policy.describe(resident.rung)}"
         effects: list[Effect] = [note("ready", resident.key, reason, now)]
-        effects += self._books.grant_waiting(self._books.queues[resident.key], now)
+        effects += self._books.grant_waiting(queue, now)
         return self._settle(effects, now)
 
     def on_load_failed(
@@ -261,7 +304,9 @@ class SchedulerCore:
     # --- events: time and people ----------------------------------------------------------
 
     def on_timer(self, now: float) -> list[Effect]:
-        """Unload residents whose keep_alive is over; lose patience with busy ones."""
+        """Unload residents whose keep_alive is over; lose patience with busy ones; look around."""
+        if now >= self._look_at_s:
+            self._wants_look = True
         for queue in self._books.queues.values():
             since = queue.blocked_since_s
             if since is not None and now >= since + policy.PATIENCE_S and not queue.is_impatient:
@@ -272,20 +317,53 @@ class SchedulerCore:
     def on_unload(self, key: str, now: float) -> list[Effect]:
         """Unload a model: when it is idle now, else after its last lease."""
         queue = self._books.queues.get(key)
-        if queue is None or queue.resident is None:
+        if queue is None:
             return []
+        reason = "somebody asked for it"
+        effects = self._books.drop_move(queue, reason, now, kind="unload", cause="asked")
         resident = queue.resident
+        if resident is None:
+            return self._settle(effects, now)
         resident.keep_alive_s = 0.0
-        effects: list[Effect] = []
+        # Of a pinned model this one resident is let go; the next one is kept again.
+        resident.is_pinned = False
         if resident.is_idle and not queue.waiting:
-            effects = self._books.stop(resident, "somebody asked for it", now, cause="asked")
+            effects += self._books.stop(resident, reason, now, cause="asked")
         return self._settle(effects, now)
+
+    def on_pin(self, key: str, now: float, *, pinned: bool) -> list[Effect]:
+        """Keep a model loaded from now on, whoever needs its memory, once it is loaded; or not.
+
+        What is unpinned begins its keep_alive anew. Nothing happens to what is so already.
+        """
+        if self._books.is_pinned(key) == pinned:
+            return []
+        self._books.pin(key, pinned=pinned)
+        queue = self._books.queues.get(key)
+        if queue is not None and queue.resident is not None:
+            queue.resident.is_pinned = pinned
+            if queue.resident.is_idle and not pinned:
+                queue.resident.idle_since_s = now
+        if pinned:
+            event = note("pinned", key, "it stays loaded, whoever needs its memory", now)
+        else:
+            event = note(
+                "unpinned", key, "it leaves when its keep_alive is over, or for others", now
+            )
+            # Whoever waits for its memory may have it.
+            self._wants_probe = True
+        return self._settle([event], now)
+
+    def is_pinned(self, key: str) -> bool:
+        """Whether a model is pinned, loaded or not."""
+        return self._books.is_pinned(key)
 
     def on_drain(self, now: float) -> list[Effect]:
         """Take no more requests; unload what is idle, the rest as its leases end."""
         self._draining = True
         effects: list[Effect] = []
         for queue in self._books.queues.values():
+            queue.move = None
             effects += self._books.reject_waiting(queue, StoppingError)
         for resident in self._books.residents.values():
             if resident.phase is Phase.LOADING:
@@ -338,8 +416,17 @@ class SchedulerCore:
         self, queue: ModelQueue, resident: Resident, reason: str, now: float, *, out_of_memory: bool
     ) -> list[Effect]:
         """Arrange one more try after a lack of memory, or reject everyone who waits."""
-        if out_of_memory and resident.lower_rungs and queue.waiting:
-            queue.retry = Retry(rungs=resident.lower_rungs, purpose=resident.purpose, reason=reason)
+        move = resident.move
+        if move is not None:
+            self._watch.bar(resident.key, now)
+        if out_of_memory and resident.lower_rungs and (queue.waiting or move is not None):
+            if queue.waiting:
+                queue.retry = Retry(
+                    rungs=resident.lower_rungs, purpose=resident.purpose, reason=reason
+                )
+            elif move is not None and now >= queue.held_until_s:
+                smallest = resident.lower_rungs[-1]
+                queue.move = replace(move, rungs=resident.lower_rungs, claim=smallest)
             return [note("retry", queue.key, f"{reason}; trying a smaller placement", now)]
         message = f"{queue.key} could not be loaded: {reason}"
         effects: list[Effect] = [note("load_failed", queue.key, message, now)]
@@ -365,14 +452,28 @@ class SchedulerCore:
         """Add to an event's effects what follows from the new state."""
         effects += self._end_yielding(now)
         effects += self._expire(now)
-        if self._wants_probe and not self._probing:
-            self._wants_probe = False
-            if self._pending():
+        self._plan_look(now)
+        if not self._probing:
+            is_moving = any(queue.resident is None for queue in self._books.moving)
+            if self._wants_look or (self._wants_probe and (self._pending() or is_moving)):
                 self._probing = True
+                self._probed_s = now
                 effects.append(Probe())
+            self._wants_probe = False
         effects += self._share_threads()
         self._books.tidy()
         return effects
+
+    def _plan_look(self, now: float) -> None:
+        """Look at free memory at intervals as long as there is a loaded model to move."""
+        interval_s = self._limits.replan_interval_s
+        residents = self._books.residents.values()
+        is_loaded = any(resident.phase is Phase.READY for resident in residents)
+        if interval_s <= 0 or self._draining or not is_loaded:
+            self._wants_look = False
+            self._look_at_s = math.inf
+        elif math.isinf(self._look_at_s):
+            self._look_at_s = now + interval_s
 
     def _end_yielding(self, now: float) -> list[Effect]:
         """Let residents serve again whose memory nobody waits for any more."""
@@ -390,12 +491,19 @@ class SchedulerCore:
 
     def _expire(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
+        for queue in self._books.moving:
+            if queue.move is not None and now >= queue.move.expires_s and not queue.resident:
+                kept = format_duration(queue.move.keep_alive_s)
+                reason = f"idle for its keep_alive of {kept}"
+                effects += self._books.drop_move(
+                    queue, reason, now, kind="unload", cause="keep_alive"
+                )
         for resident in self._books.residents.values():
             if not resident.is_idle or self._books.has_waiting(resident):
                 continue
             if self._draining:
                 effects += self._books.stop(resident, "shimpy is stopping", now, cause="stopping")
-            elif now >= resident.idle_since_s + resident.keep_alive_s:
+            elif now >= resident.expires_s:
                 kept = format_duration(resident.keep_alive_s)
                 reason = f"idle for its keep_alive of {kept}"
                 effects += self._books.stop(resident, reason, now, cause="keep_alive")

@@ -8,7 +8,7 @@ can't know what comes back when a resident leaves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from shimpy.placement.hardware import Hardware
@@ -62,6 +62,9 @@ class Ledger:
         self._hardware = hardware
         self.residents = residents
         self._claimed: Counter[str] = Counter()
+        # What models on their way to another placement will take, by the model's name, and
+        # whether it is kept whatever comes.
+        self._held: dict[str, tuple[Rung, bool]] = {}
 
     @property
     def has_stopping(self) -> bool:
@@ -72,14 +75,18 @@ class Ledger:
         """Return what a worker could take at this moment."""
         return self._hardware_with(gone=frozenset(), claimed=Counter())
 
-    def remaining(self, *, without: Iterable[Resident] = ()) -> Hardware:
+    def remaining(
+        self, *, without: Iterable[Resident] = (), beside: Iterable[Rung] = ()
+    ) -> Hardware:
         """Return what is left when stopping workers and those in `without` have gone.
 
-        Memory that was claimed for earlier requests in this pass is not part of it.
+        Memory that was claimed for earlier requests in this pass, or is held, is not part of
+        it, nor is that of the rungs `beside`.
         """
-        gone = {r.worker for r in without}
-        gone |= {r.worker for r in self.residents if r.phase is Phase.STOPPING}
-        return self._hardware_with(gone=frozenset(gone), claimed=self._claimed)
+        claimed = self._claimed + self._held_bytes()
+        for rung in beside:
+            claimed += _need(rung)
+        return self._hardware_with(gone=self._gone(without), claimed=claimed)
 
     def at_most(self) -> Hardware:
         """Return what there is when every resident has gone, whoever may have claimed it."""
@@ -87,29 +94,76 @@ class Ledger:
             gone=frozenset(r.worker for r in self.residents), claimed=Counter()
         )
 
+    def unpinned(self, *, without: Iterable[Resident] = ()) -> Hardware:
+        """Return what there is when all but the pinned ones, and those in `without`, have gone."""
+        gone = self._gone(without) | {r.worker for r in self.residents if not r.is_pinned}
+        return self._hardware_with(gone=gone, claimed=self._held_bytes(firm_only=True))
+
+    def shortfall(self, margins: Mapping[str, int]) -> dict[str, int]:
+        """Return by how much other programs have eaten into the margins, in bytes per device.
+
+        Only of devices with less than half of the margin left. Stopping workers count as gone,
+        and what is held as taken.
+        """
+        change = self._change(self._gone(()))
+        change.subtract(self._held_bytes())
+        free = {gpu.name: gpu.free_bytes for gpu in self._hardware.gpus}
+        free[HOST] = self._hardware.host.available_bytes
+        left = {name: n_bytes + change[name] for name, n_bytes in free.items()}
+        return {
+            name: margin - left[name]
+            for name, margin in margins.items()
+            if name in left and left[name] < margin // 2
+        }
+
+    def hold(self, key: str, rung: Rung, *, firmly: bool = False) -> None:
+        """Keep a rung's memory for a model that is between two placements."""
+        self._held[key] = rung, firmly
+
+    def let_go(self, key: str) -> None:
+        """Keep nothing for a model any more."""
+        self._held.pop(key, None)
+
     def claim(self, rung: Rung, *, after: Iterable[Resident] = ()) -> None:
         """Keep a rung's memory from later requests, but for what leaves with `after`."""
-        need = Counter({device.name: device.total_bytes for device in rung.devices})
-        need[HOST] = rung.host.total_bytes
+        need = _need(rung)
         for resident in after:
             if resident.phase is not Phase.STOPPING:
                 use = use_of(resident)
                 need.subtract({**use.devices, HOST: use.host + use.mapped})
         self._claimed += need  # Counter addition drops what is not positive
 
-    def _hardware_with(self, *, gone: frozenset[int], claimed: Counter[str]) -> Hardware:
+    def _held_bytes(self, *, firm_only: bool = False) -> Counter[str]:
+        held: Counter[str] = Counter()
+        for rung, is_firm in self._held.values():
+            if is_firm or not firm_only:
+                held += _need(rung)
+        return held
+
+    def _gone(self, without: Iterable[Resident]) -> frozenset[int]:
+        stopping = {r.worker for r in self.residents if r.phase is Phase.STOPPING}
+        return frozenset(stopping | {r.worker for r in without})
+
+    def _change(self, gone: frozenset[int]) -> Counter[str]:
+        """Return what the snapshot's figures are to be changed by."""
         change: Counter[str] = Counter()
-        kept: Counter[str] = Counter()
         for resident in self.residents:
             use = use_of(resident)
             if resident.worker in gone:
                 change.update({**use.devices, HOST: use.host})
-                continue
-            kept.update({**use.devices, HOST: use.host + use.mapped})
-            if resident.phase is Phase.LOADING:
+            elif resident.phase is Phase.LOADING:
                 change.subtract({**use.devices, HOST: use.host + use.mapped})
             else:
                 change.subtract({HOST: use.mapped})
+        return change
+
+    def _hardware_with(self, *, gone: frozenset[int], claimed: Counter[str]) -> Hardware:
+        change = self._change(gone)
+        kept: Counter[str] = Counter()
+        for resident in self.residents:
+            if resident.worker not in gone:
+                use = use_of(resident)
+                kept.update({**use.devices, HOST: use.host + use.mapped})
         change.subtract(claimed)
         kept.update(claimed)
 
@@ -129,7 +183,23 @@ class Ledger:
 
 def rung_fits(rung: Rung, hardware: Hardware) -> bool:
     """Whether a rung that was weighed for other hardware fits on this one."""
+    here = rung_on(rung, hardware)
+    return not here.host.missing_bytes and not any(device.missing_bytes for device in here.devices)
+
+
+def rung_on(rung: Rung, hardware: Hardware) -> Rung:
+    """Return a rung with the free bytes of other hardware; its `fits` and `reason` as they were."""
     free = {gpu.name: gpu.free_bytes for gpu in hardware.gpus}
-    devices = [replace(device, free_bytes=free.get(device.name, 0)) for device in rung.devices]
-    host = replace(rung.host, available_bytes=hardware.host.available_bytes)
-    return not host.missing_bytes and not any(device.missing_bytes for device in devices)
+    return replace(
+        rung,
+        devices=tuple(
+            replace(device, free_bytes=free.get(device.name, 0)) for device in rung.devices
+        ),
+        host=replace(rung.host, available_bytes=hardware.host.available_bytes),
+    )
+
+
+def _need(rung: Rung) -> Counter[str]:
+    need = Counter({device.name: device.total_bytes for device in rung.devices})
+    need[HOST] = rung.host.total_bytes
+    return need

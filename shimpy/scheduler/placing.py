@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -9,12 +10,24 @@ from typing import assert_never
 
 from shimpy.errors import CapacityError, DoesNotFitError, LoadError, UserError
 from shimpy.placement.defaults import N_CTX_LEAST
+from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Rung
 from shimpy.scheduler import policy
 from shimpy.scheduler.books import Books
 from shimpy.scheduler.effects import Effect, note
 from shimpy.scheduler.ledger import Ledger, rung_fits
-from shimpy.scheduler.states import ModelQueue, Purpose, Request, Resident, Retry
+from shimpy.scheduler.policy import describe
+from shimpy.scheduler.replanning import describe_shrink, gpu_share, shrink_resident
+from shimpy.scheduler.room import (
+    Evict,
+    Refuse,
+    Room,
+    RoomSearch,
+    Start,
+    Wait,
+    describe_use,
+)
+from shimpy.scheduler.states import ModelQueue, Move, Phase, Purpose, Request, Resident, Retry
 
 
 class Placing:
@@ -25,13 +38,13 @@ class Placing:
     last, one at a time, when nothing else loads.
     """
 
-    def __init__(
-        self, books: Books, ledger: Ledger, planner: policy.ModelPlanner, now: float
-    ) -> None:
+    def __init__(self, books: Books, ledger: Ledger, planner: policy.Planner, now: float) -> None:
         self._books = books
         self._ledger = ledger
         self._planner = planner
         self._now = now
+        # Whose memory between two placements goes to the queue that is being placed.
+        self._given_up: list[ModelQueue] = []
         for queue in books.moving:
             self._hold(queue)
 
@@ -60,6 +73,15 @@ class Placing:
         Cases 2 to 5 are tried with the longest context that anyone in the queue asked for; when
         that can't be had yet, with what the first one asked for.
         """
+        effects = self._place(queue)
+        reason = f"its memory was needed for {queue.key}"
+        dropped: list[Effect] = []
+        for mover in self._given_up:
+            dropped += self._books.drop_move(mover, reason, self._now, kind="evict", cause="evict")
+        self._given_up = []
+        return dropped + effects
+
+    def _place(self, queue: ModelQueue) -> list[Effect]:
         if queue.retry is not None:
             return self._place_retry(queue, queue.retry)
         effects: list[Effect] = []
@@ -70,16 +92,16 @@ class Placing:
                 effects += self._reject_first(queue, error)
                 continue
             match room:
-                case policy.Start(must_wait=True):
+                case Start(must_wait=True):
                     self._ledger.claim(room.rung)
                     return effects
-                case policy.Start():
+                case Start():
                     return effects + self._start(queue, room, wish)
-                case policy.Evict():
+                case Evict():
                     return effects + self._evict(queue, room)
-                case policy.Wait():
+                case Wait():
                     return effects + self._wait(queue, room)
-                case policy.Refuse():
+                case Refuse():
                     message = f"{queue.key} does not fit on this machine: {room.reason}"
                     effects.append(note("refused", queue.key, message, self._now))
                     effects += self._reject_first(queue, DoesNotFitError(message))
@@ -98,12 +120,12 @@ class Placing:
             _, room = self._find_room(queue)
         except UserError:
             return None
-        if isinstance(room, policy.Refuse):
+        if isinstance(room, Refuse):
             return None
         self._ledger.claim(room.rung)
         return room.rung
 
-    def _find_room(self, queue: ModelQueue) -> tuple[policy.Wish, policy.Room]:
+    def _find_room(self, queue: ModelQueue) -> tuple[policy.Wish, Room]:
         wish = policy.load_wish(queue.waiting)
         modest = policy.Wish(options=queue.waiting[0].options)
         if wish == modest:
@@ -111,8 +133,8 @@ class Placing:
         try:
             room = self._room_for(queue, wish)
         except UserError:
-            room = policy.Refuse(reason="someone further back asked for what can't be")
-        if isinstance(room, policy.Wait | policy.Refuse):
+            room = Refuse(reason="someone further back asked for what can't be")
+        if isinstance(room, Wait | Refuse):
             return modest, self._room_for(queue, modest)
         return wish, room
 
@@ -179,7 +201,7 @@ class Placing:
             *self._books.reject_waiting(queue, error),
         ]
 
-    def _start(self, queue: ModelQueue, room: policy.Start, wish: policy.Wish) -> list[Effect]:
+    def _start(self, queue: ModelQueue, room: Start, wish: policy.Wish) -> list[Effect]:
         first = queue.waiting[0]
         default_n_ctx = 0
         if wish.options.n_ctx is not None:
@@ -199,21 +221,25 @@ class Placing:
         lower_rungs: tuple[Rung, ...] = (),
     ) -> list[Effect]:
         start = self._books.start(queue, rung, purpose, lower_rungs, now=self._now)
-        return [start, note("load", queue.key, f"asked for; {policy.describe(rung)}", self._now)]
+        return [start, note("load", queue.key, f"asked for; {describe(rung)}", self._now)]
 
-    def _evict(self, queue: ModelQueue, room: policy.Evict) -> list[Effect]:
+    def _evict(self, queue: ModelQueue, room: Evict) -> list[Effect]:
         effects: list[Effect] = []
         for victim in room.victims:
             if victim is queue.resident:
                 reason = _reload_reason(victim, queue.waiting[0])
                 effects += self._books.stop(victim, reason, self._now, kind="reload")
             else:
-                reason = f"its memory was needed for {queue.key}"
+                reason = f"its memory was needed for {queue.key} ({describe_use(victim)})"
                 effects += self._books.stop(victim, reason, self._now, kind="evict")
+        for shrink in room.shrinks:
+            reason = f"its memory was needed for {queue.key}: {describe_shrink(shrink)}"
+            effects += shrink_resident(self._books, shrink, reason, self._now, cause="evict")
+            self._ledger.hold(shrink.resident.key, shrink.rung)
         self._ledger.claim(room.rung)
         return effects
 
-    def _wait(self, queue: ModelQueue, room: policy.Wait) -> list[Effect]:
+    def _wait(self, queue: ModelQueue, room: Wait) -> list[Effect]:
         effects: list[Effect] = []
         if queue.blocked_since_s is None:
             queue.blocked_since_s = self._now
@@ -227,6 +253,48 @@ class Placing:
                 if holder.yields_to is None or first < holder.yields_to:
                     holder.yields_to = first
         return effects
+
+    # --- models that are on their way to another placement ---------------------------------
+
+    def _place_move(self, queue: ModelQueue) -> list[Effect]:
+        """Load a model again that was stopped for another placement, or leave it unloaded."""
+        move = queue.move
+        residents = self._books.residents.values()
+        is_loading = any(resident.phase is Phase.LOADING for resident in residents)
+        if move is None or queue.resident is not None or is_loading:
+            return []
+        self._ledger.let_go(queue.key)
+        room = self._ledger.remaining()
+        rung, lower = self._rung_for(move, room)
+        if rung is None:
+            reason = f"less memory is free than {describe(move.least)} takes"
+            return self._books.drop_move(queue, reason, self._now, kind="unload", cause="no_room")
+        if not rung_fits(rung, self._ledger.present()):
+            self._hold(queue)
+            return []
+        start = self._books.start_move(queue, rung, lower, now=self._now)
+        reason = f"on its way to another placement; {describe(rung)}"
+        return [start, note("load", queue.key, reason, self._now, cause="move")]
+
+    def _rung_for(self, move: Move, room: Hardware) -> tuple[Rung | None, tuple[Rung, ...]]:
+        """Return the rung that a moving model gets, and those to try if it proves too large."""
+        if move.rungs:
+            return next((rung for rung in move.rungs if rung_fits(rung, room)), None), ()
+        plan = policy.Wish(options=move.options).plan(self._planner, move.model, room)
+        if plan.chosen is None or gpu_share(plan.chosen) < gpu_share(move.least):
+            return None, ()
+        return plan.chosen, policy.lower_rungs(plan, plan.chosen)
+
+
+def _is_beside(room: Room, queue: ModelQueue) -> bool:
+    """Whether room was found without anybody's leaving but the model's own resident."""
+    match room:
+        case Start():
+            return True
+        case Evict():
+            return not room.shrinks and all(v is queue.resident for v in room.victims)
+        case _:
+            return False
 
 
 def _reload_reason(resident: Resident, request: Request) -> str:

@@ -1,18 +1,17 @@
-"""The scheduler's judgements as plain functions: what serves whom, who leaves, how long to wait."""
+"""The scheduler's judgements as plain functions: what serves whom, how long to wait."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
-from shimpy.placement.placement import Placement, Plan, PlanOptions, Rung
+from shimpy.placement.placement import Plan, PlanOptions, Rung
 from shimpy.registry.model import Model
-from shimpy.scheduler.ledger import Ledger, rung_fits
-from shimpy.scheduler.states import Phase, Request, Resident, WorkerId
+from shimpy.scheduler.states import Request, Resident, WorkerId
 
+# What loads really took is known to it (simulations.Simulations).
 Planner = Callable[[ModelShape, Hardware, PlanOptions], Plan]
 
 # A model whose workers die this often in a row is held back.
@@ -24,9 +23,6 @@ LONGEST_HOLD_S = 300.0
 PATIENCE_S = 30.0
 
 LONGEST_RETRY_AFTER_S = 60.0
-
-# Loads of about the same length count as equally cheap to bring back: 0-2 s, 2-8 s, 8-32 s, ...
-_CHEAP_LOAD_S = 2.0
 
 # A model that is wholly on the GPU leaves the processors next to nothing to do.
 GPU_MODE_THREADS = 4
@@ -87,152 +83,6 @@ def load_wish(waiting: Sequence[Request]) -> Wish:
 
 def _differ_in_n_ctx_only(one: PlanOptions, other: PlanOptions) -> bool:
     return replace(one, n_ctx=None) == replace(other, n_ctx=None)
-
-
-# --- where there is room ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """It fits: now, or as soon as workers that are stopping anyway have gone."""
-
-    rung: Rung
-    plan: Plan
-    must_wait: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evict:
-    """It fits when these idle residents have left."""
-
-    rung: Rung
-    victims: tuple[Resident, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wait:
-    """It fits only when these residents, some of them busy, have left."""
-
-    rung: Rung
-    holders: tuple[Resident, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refuse:
-    """It fits not even with every resident gone."""
-
-    reason: str
-
-
-Room = Start | Evict | Wait | Refuse
-
-
-def find_room(plan: Callable[[Hardware], Plan], ledger: Ledger, own: Resident | None) -> Room:
-    """Decide how a model gets its memory.
-
-    `plan` plans it on some hardware; `own` is its present resident when it is to be reloaded.
-
-    1. A good placement beside all others: start. Good is all on the GPU, experts in RAM, or
-       no worse than it could be on the empty machine.
-    2. A good placement when idle residents leave: evict them.
-    3. Any placement beside all others: start.
-    4. Any placement when idle residents leave: evict them.
-    5. A placement when busy residents leave: wait for them.
-    6. None: refuse.
-    """
-    mine = () if own is None else (own,)
-    beside = plan(ledger.remaining(without=mine))
-    if beside.chosen is not None and _is_fast(beside.chosen.placement):
-        return _start(beside, beside.chosen, ledger, own)
-    best = plan(ledger.at_most())
-    if best.chosen is None:
-        return Refuse(reason=best.reason)
-    if beside.chosen is not None and _is_as_good(beside.chosen, best.chosen):
-        return _start(beside, beside.chosen, ledger, own)
-
-    idle = by_cost_to_bring_back(r for r in ledger.residents if r.is_idle and r is not own)
-    weighed = [
-        (count, plan(ledger.remaining(without=(*mine, *idle[:count]))))
-        for count in range(1, len(idle) + 1)
-    ]
-    for good_only in (True, False):
-        for count, found in weighed:
-            if found.chosen is None or (good_only and not _is_as_good(found.chosen, best.chosen)):
-                continue
-            return _evict(plan, ledger, own, idle[:count], best.chosen if good_only else None)
-        if beside.chosen is not None:
-            return _start(beside, beside.chosen, ledger, own)
-
-    return _wait(plan, ledger, own, best.chosen)
-
-
-def _start(plan: Plan, rung: Rung, ledger: Ledger, own: Resident | None) -> Room:
-    if own is not None:
-        return Evict(rung=rung, victims=(own,))
-    must_wait = ledger.has_stopping and not rung_fits(rung, ledger.present())
-    return Start(rung=rung, plan=plan, must_wait=must_wait)
-
-
-def _evict(
-    plan: Callable[[Hardware], Plan],
-    ledger: Ledger,
-    own: Resident | None,
-    victims: list[Resident],
-    best: Rung | None,
-) -> Evict:
-    """Evict no more than needed: spare each victim without which it is as good, dearest first."""
-    mine = () if own is None else (own,)
-    needed = list(victims)
-    found = plan(ledger.remaining(without=(*mine, *needed))).chosen
-    for victim in reversed(victims[:-1]):
-        rest = [other for other in needed if other is not victim]
-        spared = plan(ledger.remaining(without=(*mine, *rest))).chosen
-        if spared is not None and (best is None or _is_as_good(spared, best)):
-            needed, found = rest, spared
-    assert found is not None, "a set of victims was chosen because it makes room"
-    return Evict(rung=found, victims=(*mine, *needed))
-
-
-def _wait(
-    plan: Callable[[Hardware], Plan], ledger: Ledger, own: Resident | None, best: Rung
-) -> Wait:
-    """Wait for as few as possible: the idle ones first, then those that are cheapest to lose."""
-    mine = () if own is None else (own,)
-    others = [r for r in ledger.residents if r.phase is not Phase.STOPPING and r is not own]
-    holders = by_cost_to_bring_back(r for r in others if r.is_idle)
-    for resident in by_cost_to_bring_back(r for r in others if not r.is_idle):
-        holders.append(resident)
-        found = plan(ledger.remaining(without=(*mine, *holders))).chosen
-        if found is not None:
-            return Wait(rung=found, holders=(*mine, *holders))
-    # Those who came first have claimed the rest: wait for everyone.
-    return Wait(rung=best, holders=(*mine, *holders))
-
-
-def by_cost_to_bring_back(residents: Iterable[Resident]) -> list[Resident]:
-    """Return residents in the order in which to evict them: the cheapest, least recently used."""
-
-    def cost(resident: Resident) -> tuple[int, float, int]:
-        load_s = resident.ready.load_s if resident.ready is not None else math.inf
-        length = 0 if load_s <= _CHEAP_LOAD_S else 99
-        if _CHEAP_LOAD_S < load_s < math.inf:
-            length = math.ceil(math.log(load_s / _CHEAP_LOAD_S, 4))
-        return length, resident.idle_since_s, resident.worker
-
-    return sorted(residents, key=cost)
-
-
-def _is_fast(placement: Placement) -> bool:
-    return placement.mode in {"gpu", "experts-in-ram"}
-
-
-def _is_as_good(rung: Rung, best: Rung) -> bool:
-    if _is_fast(rung.placement):
-        return True
-    return (
-        rung.placement.mode == best.placement.mode
-        and rung.placement.n_gpu_layers >= best.placement.n_gpu_layers
-    )
 
 
 def lower_rungs(plan: Plan, chosen: Rung) -> tuple[Rung, ...]:

@@ -12,11 +12,15 @@ The life of a resident (one worker process with one model):
                           |  |                |  |
                           +--+--> (none) <----+--+     when the process is reaped
 
+A resident that moves to another placement (Move) goes this way too: its worker is stopped, and
+another one is started without anybody's asking.
+
 Only the core changes what is mutable here; the shell and the reports read it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -61,6 +65,35 @@ class Purpose:
     default_n_ctx: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A reload of the scheduler's own accord: an idle model is on its way to another placement."""
+
+    model: Model
+    purpose: Purpose
+    # What it is planned with: its options, and the context and slots that it had.
+    options: PlanOptions
+    # Memory that is kept for it until it is started.
+    claim: Rung
+    # The least that it is loaded with; less room than that, and it stays unloaded.
+    least: Rung
+    # Rungs to load it with, best first, after a lack of memory; empty: as planned then.
+    rungs: tuple[Rung, ...] = ()
+    # Of the resident that it was.
+    keep_alive_s: float
+    idle_since_s: float
+
+    @property
+    def key(self) -> str:
+        """The model's name, under which its queue is found."""
+        return str(self.model.name)
+
+    @property
+    def expires_s(self) -> float:
+        """When its keep_alive is over."""
+        return self.idle_since_s + self.keep_alive_s
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Resident:
     """A model held by a worker, from the decision to start it until it is reaped."""
@@ -80,6 +113,10 @@ class Resident:
     leases: set[RequestId] = field(default_factory=set)
     # When the last lease ended, or the model got ready.
     idle_since_s: float = 0.0
+    # It is loaded of the scheduler's own accord.
+    move: Move | None = None
+    # It is never evicted, nor made smaller for others, and outlives its keep_alive.
+    is_pinned: bool = False
     # A request for another model that has waited too long for this one's memory: requests
     # that came after it are not granted here until it is served.
     yields_to: RequestId | None = None
@@ -93,6 +130,11 @@ class Resident:
     def is_idle(self) -> bool:
         """Whether it is loaded and no request holds a lease on it."""
         return self.phase is Phase.READY and not self.leases
+
+    @property
+    def expires_s(self) -> float:
+        """When its keep_alive is over, as long as it stays idle; inf: never."""
+        return math.inf if self.is_pinned else self.idle_since_s + self.keep_alive_s
 
     @property
     def capacity(self) -> int:
@@ -118,6 +160,8 @@ class ModelQueue:
     waiting: deque[Request] = field(default_factory=deque)
     resident: Resident | None = None
     retry: Retry | None = None
+    # It has been stopped, or is being stopped, to be loaded elsewhere.
+    move: Move | None = None
     # Since when its load waits for memory that busy residents hold.
     blocked_since_s: float | None = None
     # That has taken too long: busy residents stop taking newer requests.
@@ -132,7 +176,8 @@ class ModelQueue:
     @property
     def is_forgettable(self) -> bool:
         """Whether nothing here is worth remembering."""
-        return not self.waiting and self.resident is None and self.n_deaths == 0
+        is_empty = not self.waiting and self.resident is None and self.move is None
+        return is_empty and self.n_deaths == 0
 
 
 EventKind = Literal[
@@ -144,6 +189,10 @@ EventKind = Literal[
     "unload",
     "evict",
     "reload",
+    "shrunk",
+    "moved_up",
+    "pinned",
+    "unpinned",
     "died",
     "held",
     "refused",

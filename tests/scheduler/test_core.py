@@ -177,7 +177,9 @@ def test_a_dense_model_evicts_rather_than_crawl() -> None:
     worker = sim.load(B)
     assert sim.processes[worker].rung.placement.mode == "gpu"
     assert sim.resident(A) is None
-    assert sim.kinds("evict")[0].reason == "its memory was needed for b:latest"
+    assert sim.kinds("evict")[0].reason == (
+        "its memory was needed for b:latest (600.0 MiB of GPU0)"
+    )
 
 
 def test_a_dense_model_crawls_rather_than_wait_for_a_busy_one() -> None:
