@@ -21,6 +21,7 @@ COMMANDS = {
     "events": ("shimpy.cli.events", "Show what is loaded, unloaded and evicted, and why."),
     "stop": ("shimpy.cli.stop", "Unload a model."),
     "plan": ("shimpy.cli.plan", "Explain where a model would be placed, and why."),
+    "bench": ("shimpy.cli.bench", "Measure a model in each placement that fits."),
     "create": ("shimpy.cli.create", "Make a model from a Modelfile."),
     "set": ("shimpy.cli.set_settings", "Set what lasts about a model, wherever it lies."),
     "cp": ("shimpy.cli.cp", "Give a model a second name."),

@@ -4,7 +4,7 @@
 more on the GPU is faster. It holds until a measurement says otherwise:
 
 1. Nothing was measured that may be used and fits now: the ladder's choice stays.
-2. The ladder's choice was measured: the fastest of it and the others that fit is taken.
+2. The ladder's choice was measured: another that fits is taken where it was 5 % faster.
 3. It was not, but placements with more and with less in RAM were: it is taken to be between
    them, since each layer in RAM costs about the same time for a token.
 4. Only some with more in RAM were: it is no slower than those, and stays before them.
@@ -37,6 +37,8 @@ Planner = Callable[[ModelShape, Hardware, PlanOptions], Plan]
 # The request that placements are compared by: tokens in and out.
 N_PROMPT: Final = 512
 N_ANSWER: Final = 256
+# A gain of less is the noise of measuring, and no reason to leave the ladder.
+_LEAST_GAIN: Final = 1.05
 _ORDER: Final[tuple[Mode, ...]] = ("gpu", "experts-in-ram", "partial-gpu", "cpu")
 
 
@@ -194,7 +196,7 @@ def _stays(own: Spot, best: Speed, speeds: Sequence[Speed]) -> bool:
     """Whether the ladder's choice is expected to be no slower than the best that fits."""
     expected_s = _expected_s(own, speeds)
     if expected_s is not None:
-        return expected_s <= best.request_s
+        return expected_s <= best.request_s * _LEAST_GAIN
     return not (_is_on_line(best.spot, own) and _amount(best.spot) < _amount(own))
 
 
