@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from shimpy.errors import InvalidNameError, InvalidOptionError
 from shimpy.names import parse_model_name
-from shimpy.units import MIB, parse_bytes, parse_duration
+from shimpy.units import GIB, MIB, parse_bytes, parse_duration
 
 DEFAULT_PORT = 11435
 DEFAULT_BIND = f"127.0.0.1:{DEFAULT_PORT}"
@@ -153,6 +153,14 @@ def _parse_model(value: Any) -> str:
         raise InvalidOptionError(str(error)) from None
 
 
+def _parse_models(value: Any) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise InvalidOptionError(f"it must be a list of models, not {value!r}")
+    names = (_parse_model(item) for item in items)
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
 def _parse_folder(value: Any) -> Path:
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise InvalidOptionError(f"it must be a folder, not {value!r}")
@@ -269,6 +277,18 @@ class Config:
     keep_alive: float = _setting(
         300.0, parse_keep_alive, "TIME", "How long an idle model stays loaded; negative: forever."
     )
+    pinned: tuple[str, ...] = _setting(
+        (),
+        _parse_models,
+        "MODELS",
+        "Models that stay loaded, once they are, whoever needs their memory, and past keep_alive.",
+    )
+    replan_interval: float = _setting(
+        5.0,
+        _parse_seconds,
+        "TIME",
+        "How often free memory is looked at while models are loaded, to place them anew; 0: never.",
+    )
     n_ctx: int | None = _setting(
         None,
         _parse_int(1),
@@ -309,6 +329,12 @@ class Config:
     reserve_ram: int = _setting(
         512 * MIB, _parse_size, "SIZE", "RAM that is left to other programs."
     )
+    prefix_cache_size: int = _setting(
+        2 * GIB,
+        _parse_size,
+        "SIZE",
+        "Disk for the KV caches of unloaded models, which hold prompts; 0: nothing is kept.",
+    )
     log_level: LogLevel = _setting(
         "info",
         _parse_choice(*get_args(LogLevel)),
@@ -321,9 +347,21 @@ class Config:
         "[auto|console|json]",
         "Log lines for people (console), machines (json), or by where they go (auto).",
     )
+    log_file: Path | None = _setting(
+        None,
+        _parse_file,
+        "FILE",
+        "File that gets the log, at most 16 MiB and as much of what was before; stderr when not "
+        "set.",
+    )
     state_dir: Path = _setting(Path(), _parse_folder, "DIR", "Folder of the index and the logs.")
     cache_dir: Path = _setting(Path(), _parse_folder, "DIR", "Folder of what can be made again.")
     data_dir: Path = _setting(Path(), _parse_folder, "DIR", "Folder of pulled models.")
+
+    @property
+    def prefix_dir(self) -> Path:
+        """Where the KV caches of unloaded models are kept: prompts, in a way."""
+        return self.cache_dir / "prefixes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

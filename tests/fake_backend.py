@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shimpy.engine.backend import Chunk, DecodeStatus, FimRole
 from shimpy.errors import InvalidOptionError, WorkerError
@@ -70,6 +72,7 @@ class FakeBackend:
     eos_id = EOS
     has_fim = True
     n_overridden = 0
+    state_key = "fake"
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class FakeBackend:
         can_split: bool = True,
         can_shift: bool = True,
         has_encoder: bool = False,
+        has_window: bool = False,
         n_cells: int | None = None,
         script: Sequence[int] | None = None,
     ) -> None:
@@ -88,6 +92,7 @@ class FakeBackend:
         self.n_batch = n_batch
         self.can_split = can_split
         self.can_shift = can_shift
+        self.state_is_whole = has_window or not can_split
         self.has_encoder = has_encoder
         # What every request is answered, in place of the hash's choice.
         self.script = script
@@ -96,6 +101,8 @@ class FakeBackend:
         # Fewer than n_ctx: a cache that is full sooner than the batcher can know.
         self._n_cells = n_ctx if n_cells is None else n_cells
         self._kv: list[dict[int, _Cell]] = [{} for _ in range(n_slots)]
+        # Tokens of each slot that came from a file without what had left the window.
+        self._n_whole = [0] * n_slots
         self._rows: list[int] = []
         self.n_used = 0
         self.most_used = 0
@@ -108,6 +115,8 @@ class FakeBackend:
         # Calls of decode, counted from 0, that fail; and removals that are refused.
         self.failing_decodes: set[int] = set()
         self.aborting_decodes: set[int] = set()
+        self.fails_to_save = False
+        self.fails_to_load = False
         self.refused_removals: set[int] = set()
         self._n_removals = 0
 
@@ -169,6 +178,7 @@ class FakeBackend:
         _demand(all(0 <= token < N_VOCAB for token in chunk.tokens), "a bad token id")
         kv = self._kv[chunk.slot]
         _demand(chunk.start == len(kv), f"position {chunk.start} after {len(kv)} tokens")
+        _demand(chunk.start >= self._n_whole[chunk.slot], "a window was not restored")
         _demand(chunk.start + len(chunk.tokens) <= self.n_ctx, "a sequence over the context")
 
     def _add(self, slot: int, start: int, tokens: Sequence[int]) -> None:
@@ -212,6 +222,8 @@ class FakeBackend:
             return False
         for position in range(start, end):
             self._let_go(kv.pop(position), slot)
+        if not kv:
+            self._n_whole[slot] = 0
         return True
 
     def _let_go(self, cell: _Cell, slot: int) -> None:
@@ -228,6 +240,7 @@ class FakeBackend:
             cell = self._kv[source][position]
             cell.holders.add(target)
             self._kv[target][position] = cell
+        self._n_whole[target] = self._n_whole[source]
 
     def kv_shift(self, slot: int, start: int, end: int, delta: int) -> None:
         _demand(self.can_shift, "the model can't shift")
@@ -237,6 +250,26 @@ class FakeBackend:
             _demand(cell.holders == {slot}, "a cell of another slot is moved")
             _demand(position + delta not in kv, "a position is taken")
             kv[position + delta] = cell
+
+    def state_bytes(self, slot: int) -> int:
+        return 4 * len(self._kv[slot])
+
+    def save_state(self, slot: int, path: str) -> int:
+        state = array("i", self.content(slot)).tobytes()
+        if self.fails_to_save:
+            Path(path).write_bytes(state[:-1])
+            return 0
+        return Path(path).write_bytes(state)
+
+    def load_state(self, slot: int, path: str, n_tokens: int) -> bool:
+        _demand(not self._kv[slot], f"slot {slot} is not empty")
+        _demand(self.n_used + n_tokens <= self.n_ctx, "the KV cache is over its budget")
+        if self.fails_to_load:
+            return False
+        tokens = array("i", Path(path).read_bytes()[: 4 * n_tokens])
+        self._add(slot, 0, tokens)
+        self._n_whole[slot] = n_tokens if self.state_is_whole else 0
+        return True
 
     # --- the rest ---
 

@@ -22,6 +22,7 @@ from shimpy.engine.backend import Backend
 from shimpy.engine.channel import Channel
 from shimpy.engine.intake import Intake
 from shimpy.engine.loop import Engine
+from shimpy.engine.prefix_store import PrefixStore
 from shimpy.errors import LoadError, ProtocolError, ShimpyError
 from shimpy.protocol.messages import (
     PROTOCOL_VERSION,
@@ -137,10 +138,19 @@ def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
         clock=time.monotonic,
         n_ubatch=load.n_ubatch,
         embeds=embeds,
+        prefixes=_open_prefixes(load, backend, channel) if load.prefix_dir and not embeds else None,
     )
     engine.run()
     backend.close()
     return 0
+
+
+def _open_prefixes(load: Load, backend: Backend, channel: Channel) -> PrefixStore | None:
+    try:
+        return PrefixStore(load, backend, send=channel.send)
+    except FileNotFoundError:
+        # The model's file went away as it was loaded.
+        return None
 
 
 class _Progress:

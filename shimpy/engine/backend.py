@@ -71,6 +71,11 @@ class Backend(Protocol):
     can_shift: bool
     # A part of a slot can be dropped or copied; False for recurrent models: whole slots only.
     can_split: bool
+    # A slot's state, once saved and restored, is of use from its end on only: a recurrent state,
+    # or sliding windows, of which no more is saved than the end needs.
+    state_is_whole: bool
+    # What a state depends on beside the model's files; those of another key are not restored.
+    state_key: str
     # Tensors that llama.cpp said it put elsewhere than the layer: experts kept in host memory.
     n_overridden: int
 
@@ -110,6 +115,19 @@ class Backend(Protocol):
 
     def kv_shift(self, slot: int, start: int, end: int, delta: int) -> None:
         """Move the positions [start, end) of a slot by `delta`."""
+
+    def state_bytes(self, slot: int) -> int:
+        """Return about how many bytes `save_state` writes for a slot."""
+
+    def save_state(self, slot: int, path: str) -> int:
+        """Write what the KV cache holds for a slot to a file; return its bytes, 0: it failed."""
+
+    def load_state(self, slot: int, path: str, n_tokens: int) -> bool:
+        """Read into an empty slot what `save_state` wrote for one of `n_tokens` tokens.
+
+        The file has to be just as it was written, though more may follow in it: llama.cpp
+        aborts over others. Returns False where it was not taken; the slot is empty then.
+        """
 
     def embed(self, inputs: Sequence[Sequence[int]], *, normalize: bool) -> bytes:
         """Return one little-endian float32 vector of `n_embd` for each input, in order.

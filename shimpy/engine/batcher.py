@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from shimpy.engine.backend import Chunk
 from shimpy.engine.pace import Pace
+from shimpy.engine.prefixes import Save, SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import KvOp, Match, Sequence
 from shimpy.engine.slots import Slots
 
@@ -33,6 +34,15 @@ class Batch:
     n_prefill: int
 
 
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Instead of a batch: restore a saved prefix into an empty slot, after the KV operations."""
+
+    ops: list[KvOp]
+    slot: int
+    prefix: SavedPrefix
+
+
 class Batcher:
     """The queue, the running sequences and their slots."""
 
@@ -45,12 +55,15 @@ class Batcher:
         n_batch: int,
         can_split: bool,
         can_shift: bool,
+        saved: SavedPrefixes | None = None,
     ) -> None:
+        """`saved`: the prefixes that can be restored; the caller adds and discards them."""
         self._n_ctx = n_ctx
         # Of these cells, those that one sequence may take.
         self._n_ctx_seq = n_ctx_seq
         self._n_batch = n_batch
         self._can_shift = can_shift
+        self._saved = SavedPrefixes(whole=True) if saved is None else saved
         self._pace = Pace(n_batch)
         # A batch has room for one token of each sequence.
         self._slots = Slots(min(n_slots, n_batch), n_ctx, can_split=can_split)
@@ -129,6 +142,11 @@ class Batcher:
         """Start from an empty KV cache after llama.cpp refused to remove a part."""
         self._slots.drop_all()
 
+    def on_restored(self, restore: Restore) -> None:
+        """Note that a prefix is in its slot; one that can't be restored is not mentioned."""
+        tokens = restore.prefix.tokens.tolist()
+        self._slots.on_restored(restore.slot, tokens, whole=self._saved.whole)
+
     def finish(self, sequence: Sequence, *, keep_kv: bool = True) -> None:
         """Take a sequence out, wherever it is; its KV stays for later prompts."""
         self._is_blocked = False
@@ -143,17 +161,30 @@ class Batcher:
         else:
             self._slots.drop(sequence)
 
+    def plan_saves(self) -> tuple[list[KvOp], list[Save]]:
+        """Return what to save now that nothing runs, and the KV operations to come before.
+
+        The slots are cut to what is saved of them.
+        """
+        assert not self._running
+        saves = self._saved.choose_saves(self._slots.idle_caches())
+        for save in saves:
+            self._slots.cut(save.slot, len(save.tokens))
+        return self._slots.take_ops(), saves
+
     # --- the next batch ---
 
-    def next_batch(self, now: float) -> Batch | None:
-        """Return what to decode next; None: nothing runs and nothing waits.
+    def next_batch(self, now: float) -> Batch | Restore | None:
+        """Return what to decode next, or to restore before; None: nothing runs, nothing waits.
 
         The same batch may be asked for again after on_kv_full or on_kv_refused.
         """
         # In this order: a leader's tokens must not move before its followers share them.
         self._attach_followers()
         self._shift_full()
-        self._admit(now)
+        restore = self._admit(now)
+        if restore is not None:
+            return restore
         while self._running:
             generating, prefilling = self._ready()
             n_prefill = self._make_room(generating, prefilling)
@@ -179,28 +210,49 @@ class Batcher:
             self._slots.shift(sequence, sequence.n_keep)
         self._full.clear()
 
-    def _admit(self, now: float) -> None:
+    def _admit(self, now: float) -> Restore | None:
+        """Give slots to those that wait; the next in the queue may want a prefix restored first."""
         while self._waiting and not self._is_blocked and self._slots.has_idle:
             sequence = self._waiting[0]
             match = self._slots.best_match(sequence)
+            if not sequence.is_sought:
+                sequence.is_sought = True
+                restore = self._plan_restore(sequence, match)
+                if restore is not None:
+                    return restore
             if not self._fits(sequence, match):
                 self._is_blocked = True
-                return
+                return None
             self._waiting.popleft()
             self._slots.place(sequence, match)
             self._running.append(sequence)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
+        return None
 
-    def _fits(self, sequence: Sequence, match: Match) -> bool:
-        """Whether a sequence's prompt and a margin fit beside all that runs.
+    def _plan_restore(self, sequence: Sequence, match: Match) -> Restore | None:
+        """Look among what is saved for more of a prompt than any slot holds, or will hold."""
+        if not sequence.reuse or not self._saved:
+            return None
+        best = self._saved.best(sequence.tokens, max(match.n_now, match.n_soon))
+        if best is None:
+            return None
+        prefix, n_common = best
+        # It is held whole beside all that runs, until the sequence has taken its part.
+        if not self._fits(sequence, Match(), len(prefix.tokens) - n_common):
+            return None
+        slot = self._slots.make_way(sequence, len(prefix.tokens))
+        return Restore(self._slots.take_ops(), slot, prefix)
+
+    def _fits(self, sequence: Sequence, match: Match, n_more: int = 0) -> bool:
+        """Whether a sequence's prompt, a margin and `n_more` tokens fit beside all that runs.
 
         Idle caches do not count: they give way. Alone, a sequence always fits.
         """
-        if not self._running:
+        if not self._running and not n_more:
             return True
         n_left = sequence.n_predict - sequence.n_generated
-        n_need = len(sequence.tokens) - match.n_from_busy + min(MARGIN, n_left)
+        n_need = len(sequence.tokens) - match.n_from_busy + min(MARGIN, n_left) + n_more
         n_promised = sum(s.n_pending - (s.n_shared if s.leader else 0) for s in self._running)
         return self._slots.n_cells_busy() + n_promised + n_need <= self._n_ctx
 

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Final, assert_never
 
 from shimpy.engine.backend import Backend, DecodeStatus, n_ctx_seq
-from shimpy.engine.batcher import Batch, Batcher
+from shimpy.engine.batcher import Batch, Batcher, Restore
 from shimpy.engine.embeddings import Embeddings
 from shimpy.engine.generation import Generation, Pieces
 from shimpy.engine.intake import Inbox, Inputs, Prompted, Work
+from shimpy.engine.prefix_store import PrefixStore
 from shimpy.engine.sequence import KvCopy, KvOp, KvRemove, KvShift, Sequence
 from shimpy.engine.text_embeddings import TextEmbeddings
 from shimpy.errors import ProtocolError, QueueFullError, ShimpyError, WorkerError
@@ -52,11 +53,13 @@ class Engine:
         clock: Callable[[], float],
         n_ubatch: int = 512,
         embeds: bool = False,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         """Start idle; no batch is longer than the backend's `n_ubatch`.
 
         llama.cpp would only cut it up, and a cancel or a newcomer would wait for all of it.
-        `embeds`: the model was loaded for embeddings.
+        `embeds`: the model was loaded for embeddings. `prefixes`: where those of prompts
+        outlive the process.
         """
         self._backend = backend
         self._inbox = inbox
@@ -69,7 +72,9 @@ class Engine:
             n_batch=min(backend.n_batch, max(n_ubatch, backend.n_slots)),
             can_split=backend.can_split,
             can_shift=backend.can_shift,
+            saved=None if prefixes is None else prefixes.saved,
         )
+        self._prefixes = prefixes
         self._embeddings = Embeddings(backend)
         self._texts = TextEmbeddings(backend, self._batcher)
         self._embeds = embeds
@@ -82,7 +87,7 @@ class Engine:
         self._is_stopping = False
 
     def run(self) -> None:
-        """Step until Shutdown; running requests then end as cancelled."""
+        """Step until Shutdown; running requests then end as cancelled, their prefixes saved."""
         while not self._is_stopping:
             if not (self._generations or self._embeddings or self._texts):
                 self._wait()
@@ -90,18 +95,21 @@ class Engine:
         for generation in list(self._generations.values()):
             self._end(generation, "cancelled")
         self._flush()
+        self._save()
 
     def step(self) -> None:
         """Take in what has arrived, run one batch, and send what it gave."""
         while not self._inbox.empty():
             self._on_work(self._inbox.get_nowait())
         now = self._clock()
-        batch = self._batcher.next_batch(now)
-        if batch is not None:
-            self._run(batch, now)
-        elif self._embeddings:
-            for answer in self._embeddings.step():
-                self._send(answer)
+        match self._batcher.next_batch(now):
+            case Batch() as batch:
+                self._run(batch, now)
+            case Restore() as restore:
+                self._restore(restore)
+            case None if self._embeddings:
+                for answer in self._embeddings.step():
+                    self._send(answer)
         self._flush()
 
     # --- in ---
@@ -174,6 +182,21 @@ class Engine:
             self._make_room()
         else:
             self._fail_batch(batch, WorkerError("llama.cpp gave up in the middle of a batch"))
+
+    def _restore(self, restore: Restore) -> None:
+        assert self._prefixes is not None, "only what the store knows is restored"
+        if not all(map(self._apply, restore.ops)):
+            self._batcher.on_kv_refused()
+        elif self._prefixes.restore(restore.prefix, restore.slot):
+            self._batcher.on_restored(restore)
+
+    def _save(self) -> None:
+        """Save what the slots hold, now that nothing runs."""
+        if self._prefixes is None or self._texts:
+            return
+        ops, saves = self._batcher.plan_saves()
+        if all(map(self._apply, ops)):
+            self._prefixes.save(saves)
 
     def _apply(self, op: KvOp) -> bool:
         match op:

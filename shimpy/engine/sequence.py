@@ -56,7 +56,7 @@ class Sequence:
     n_predict: int
     # Tokens at the front that a context shift spares; None: no shift, the full context ends it.
     n_keep: int | None = None
-    # Look for the prefix in other slots.
+    # Look for the prefix in other slots, and among what is saved.
     reuse: bool = True
 
     # Rank by arrival.
@@ -67,6 +67,8 @@ class Sequence:
     n_cached: int = 0
     n_generated: int = 0
     n_preempted: int = 0
+    # What is saved was searched for it.
+    is_sought: bool = False
     admitted_s: float | None = None
     # The older sequence that computes our first n_shared tokens just now.
     leader: Sequence | None = None
@@ -89,9 +91,23 @@ class Slot:
     sequence: Sequence | None = None
     # What an idle slot's KV holds.
     tokens: list[int] = field(default_factory=list)
+    # Of these, the prompt of the sequence that left them.
+    n_prompt: int = 0
     # Positions from here on were moved by a context shift: no other prompt can use them.
     n_exact: int = ALL
+    # Fewer than so many of its first tokens are no use: they were restored without what had
+    # left the sliding windows at their end.
+    n_whole: int = 0
     last_used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class IdleCache:
+    """What an idle slot holds that another prompt can use; of it, the last sequence's prompt."""
+
+    slot: int
+    tokens: list[int]
+    n_prompt: int
 
 
 @dataclass(frozen=True, slots=True)

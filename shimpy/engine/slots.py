@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence as Tokens
 
 from shimpy.engine.cells import Cells
-from shimpy.engine.sequence import ALL, KvCopy, KvOp, KvRemove, KvShift, Match, Sequence, Slot
+from shimpy.engine.sequence import (
+    ALL,
+    IdleCache,
+    KvCopy,
+    KvOp,
+    KvRemove,
+    KvShift,
+    Match,
+    Sequence,
+    Slot,
+)
 
 # A running sequence is waited for when it saves at least this many tokens of prefill.
 MIN_FOLLOW = 64
@@ -69,6 +79,8 @@ class Slots:
         n_kv = len(slot.tokens) if owner is None else owner.n_kv
         n_common = common_prefix(known, sequence.tokens)
         n_common = min(n_common, len(sequence.tokens) - 1, slot.n_exact)
+        if n_common < slot.n_whole:
+            return Match()
         if not self._can_split:
             n_now = n_kv if n_common >= n_kv else 0
             return Match(slot, n_now, n_now)
@@ -113,6 +125,7 @@ class Slots:
         assert sequence.slot is not None
         self._ops.append(KvCopy(source.id, sequence.slot.id, match.n_now))
         self.cells.share(source.id, sequence.slot.id, match.n_now)
+        sequence.slot.n_whole = source.n_whole
         self._count_reused(sequence, match.n_now)
 
     def release(self, sequence: Sequence) -> None:
@@ -122,6 +135,7 @@ class Slots:
         self._tick += 1
         slot.sequence = None
         slot.tokens = sequence.tokens[: sequence.n_kv]
+        slot.n_prompt = min(sequence.n_prompt, sequence.n_kv)
         slot.last_used = self._tick
         sequence.slot = sequence.leader = None
         sequence.n_kv = 0
@@ -134,18 +148,54 @@ class Slots:
         # Noted even where the books hold nothing: a failed decode may have left some.
         self._ops.append(KvRemove(slot.id, 0))
         self.cells.remove(slot.id, 0)
-        slot.tokens = []
-        slot.n_exact = ALL
+        self._forget(slot)
 
     def drop_all(self) -> None:
         """Forget the whole KV cache; running sequences keep their slots."""
         self._ops = [KvRemove(slot.id, 0) for slot in self._slots]
         self.cells = Cells(len(self._slots), self.cells.n_total)
         for slot in self._slots:
-            slot.tokens = []
-            slot.n_exact = ALL
+            self._forget(slot)
             if slot.sequence is not None:
                 slot.sequence.n_kv = 0
+
+    # --- what is saved and restored ---
+
+    def idle_caches(self) -> list[IdleCache]:
+        """Return what the idle slots hold that another prompt can use, the last used first."""
+        slots = sorted(self._slots, key=lambda slot: slot.last_used, reverse=True)
+        return [
+            IdleCache(slot.id, slot.tokens[: slot.n_exact], min(slot.n_prompt, slot.n_exact))
+            for slot in slots
+            if slot.tokens and min(len(slot.tokens), slot.n_exact) >= slot.n_whole
+        ]
+
+    def cut(self, slot_id: int, n: int) -> None:
+        """Keep the first `n` tokens of an idle slot."""
+        self._cut(self._slots[slot_id], n)
+
+    def make_way(self, sequence: Sequence, n: int) -> int:
+        """Empty an idle slot and free `n` cells, for what is restored for a sequence to come.
+
+        Idle caches have to hold, or leave, as many.
+        """
+        best = self.best_match(sequence).source
+        slot = self._least_recent(but=best) or best
+        assert slot is not None, "make_way() needs an idle slot"
+        self._cut(slot, 0)
+        while (n_missing := n - self.cells.n_free) > 0 and self.evict(n_missing):
+            pass
+        return slot.id
+
+    def on_restored(self, slot_id: int, tokens: list[int], *, whole: bool) -> None:
+        """Note that an empty idle slot holds these tokens now; `whole`: all or nothing of them."""
+        slot = self._slots[slot_id]
+        self._tick += 1
+        slot.tokens = tokens
+        slot.n_prompt = len(tokens)
+        slot.n_whole = len(tokens) if whole else 0
+        slot.last_used = self._tick
+        self.cells.grow(slot_id, len(tokens))
 
     # --- room ---
 
@@ -162,7 +212,7 @@ class Slots:
         if slot is None:
             return False
         n_left = max(0, len(slot.tokens) - max(n, EVICT_CELLS)) if self._can_split else 0
-        self._cut(slot, n_left)
+        self._cut(slot, n_left if n_left >= slot.n_whole else 0)
         return True
 
     def shift(self, sequence: Sequence, n_keep: int) -> None:
@@ -178,6 +228,8 @@ class Slots:
         del sequence.tokens[n_keep : n_keep + n_drop]
         if n_kv < n_keep + n_drop or self.cells.is_shared(slot.id, n_keep):
             sequence.n_kv = min(n_kv, n_keep)
+            if sequence.n_kv < slot.n_whole:
+                sequence.n_kv = slot.n_whole = 0
             self._ops.append(KvRemove(slot.id, sequence.n_kv))
             self.cells.remove(slot.id, sequence.n_kv)
             return
@@ -209,6 +261,13 @@ class Slots:
             del slot.tokens[n:]
         if n <= slot.n_exact:
             slot.n_exact = ALL
+        if not n:
+            slot.n_whole = 0
+
+    def _forget(self, slot: Slot) -> None:
+        slot.tokens = []
+        slot.n_exact = ALL
+        slot.n_whole = 0
 
     def _count_reused(self, sequence: Sequence, n: int) -> None:
         sequence.n_kv = n

@@ -1,7 +1,8 @@
 """Every message that crosses the process boundary, grouped by its receiver.
 
 To the worker: Load, then any number of Submit, Embed, Tokenize, Cancel, SetThreads; Shutdown.
-To the daemon: Hello at once; Loading, then Ready or LoadFailed; then Events, Tokenized, Stats.
+To the daemon: Hello at once; Loading, then Ready or LoadFailed; then Events, Tokenized, Stats,
+PrefixNews.
 
 A request is named by an integer that the daemon chooses and never uses again for the same
 worker. Each Submit, Embed and Tokenize is answered by exactly one closing message: Done,
@@ -140,6 +141,12 @@ class Load(_Message, frozen=True):
     embedding: bool = False
     # Read the whole file and refuse NaN weights.
     check_tensors: bool = False
+    # Where the state of its slots outlives the worker; "": nowhere.
+    prefix_dir: str = ""
+    # Bytes that all models' states together may take there.
+    prefix_cache_bytes: int = 0
+    # What tells the model from every other.
+    digest: str = ""
 
 
 class Submit(_Message, frozen=True):
@@ -333,7 +340,32 @@ class Stats(_Message, frozen=True):
     n_kv_used: int
 
 
-ToDaemon = Hello | Loading | Ready | LoadFailed | Events | Embedded | Tokenized | Failed | Stats
+class PrefixNews(_Message, frozen=True):
+    """What became of a saved prefix: the state of a slot in a file.
+
+    saved, as the worker ends; restored; skipped: not saved for want of room; discarded: a file
+    that was no good, removed.
+    """
+
+    kind: Literal["saved", "restored", "skipped", "discarded"]
+    n_tokens: int
+    n_bytes: int
+    took_s: float = 0.0
+    reason: str = ""
+
+
+ToDaemon = (
+    Hello
+    | Loading
+    | Ready
+    | LoadFailed
+    | Events
+    | Embedded
+    | Tokenized
+    | Failed
+    | Stats
+    | PrefixNews
+)
 
 
 # --- outside a channel ------------------------------------------------------------------------

@@ -41,6 +41,18 @@ def load_message(model: Model, rung: Rung, n_threads: int) -> Load:
     )
 
 
+def with_prefixes(load: Load, model: Model, config: Config) -> Load:
+    """Return the message, with where its worker keeps prefixes beyond its life."""
+    if not config.prefix_cache_size or load.embedding:
+        return load
+    return replace_fields(
+        load,
+        prefix_dir=str(config.prefix_dir),
+        prefix_cache_bytes=config.prefix_cache_size,
+        digest=model.digest,
+    )
+
+
 def simulated_load(model: Model, setup: Setup) -> Load:
     """Return the message that loads a model in all that its memory depends on."""
     layout, context = setup.layout, setup.context

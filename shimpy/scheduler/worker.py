@@ -24,6 +24,7 @@ from shimpy.protocol.messages import (
     Load,
     LoadFailed,
     Loading,
+    PrefixNews,
     Ready,
     Shutdown,
     Stats,
@@ -78,6 +79,7 @@ class Worker:
         load: Load,
         on_ready: Callable[[Ready], None],
         on_load_failed: Callable[[LoadFailed], None],
+        on_prefix: Callable[[PrefixNews], None] = lambda _news: None,
         argv: Sequence[str] = ENGINE_ARGV,
         deadlines: Deadlines | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class Worker:
         self._load = load
         self._on_ready = on_ready
         self._on_load_failed = on_load_failed
+        self._on_prefix = on_prefix
         self._argv = argv
         self._deadlines = deadlines or Deadlines()
         self._decoder = daemon_decoder()
@@ -322,6 +325,8 @@ class Worker:
                 self._on_load_failed(message)
             case Stats():
                 self.stats = message
+            case PrefixNews():
+                self._on_prefix_news(message)
             case _:
                 self._deliver(message)
 
@@ -334,6 +339,17 @@ class Worker:
             self._end(ExitKind.PROTOCOL, reason)
             return
         self.send(self._load)
+
+    def _on_prefix_news(self, news: PrefixNews) -> None:
+        log = self._log.warning if news.kind == "discarded" else self._log.info
+        log(
+            f"prefix_{news.kind}",
+            n_tokens=news.n_tokens,
+            n_bytes=news.n_bytes,
+            took_s=round(news.took_s, 3),
+            reason=news.reason,
+        )
+        self._on_prefix(news)
 
     def _deliver(self, mail: Mail) -> None:
         """Put mail in its request's box; what comes for a request that has left is dropped."""

@@ -8,6 +8,7 @@ from shimpy.engine.backend import Chunk, FimRole, Sampler
 from shimpy.engine.llama.context import Context
 from shimpy.engine.llama.embed import Embedder, normalized
 from shimpy.engine.llama.grammar import GrammarMaker
+from shimpy.engine.llama.library import version
 from shimpy.engine.llama.loader import Model, OnProgress, load_model
 from shimpy.engine.llama.log import LOG
 from shimpy.engine.llama.sampler import LlamaSampler
@@ -44,6 +45,8 @@ class LlamaBackend:
         self.has_encoder = model.has_encoder
         self.can_shift = isinstance(work, Context) and work.can_shift
         self.can_split = isinstance(work, Context) and work.can_split
+        self.state_is_whole = not self.can_split or model.n_swa > 0
+        self.state_key = _state_key(model, load, self.n_ctx)
         self.n_overridden = LOG.n_overridden
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
@@ -93,6 +96,18 @@ class LlamaBackend:
             UnsupportedError: not with this model; see `can_shift`.
         """
         self._context.shift(slot, start, end, delta)
+
+    def state_bytes(self, slot: int) -> int:
+        """Return about how many bytes `save_state` writes for a slot."""
+        return self._context.state_bytes(slot)
+
+    def save_state(self, slot: int, path: str) -> int:
+        """Write what the KV cache holds for a slot to a file; return its bytes, 0: it failed."""
+        return self._context.save_state(slot, path)
+
+    def load_state(self, slot: int, path: str, n_tokens: int) -> bool:
+        """Read into an empty slot what `save_state` wrote for one of `n_tokens` tokens."""
+        return self._context.load_state(slot, path, n_tokens)
 
     def embed(self, inputs: Sequence[Sequence[int]], *, normalize: bool) -> bytes:
         """Return one little-endian float32 vector of `n_embd` for each input, in order.
@@ -158,6 +173,19 @@ def open_backend(load: Load, *, on_progress: OnProgress) -> LlamaBackend:
     except BaseException:
         model.close()
         raise
+
+
+def _state_key(model: Model, load: Load, n_ctx: int) -> str:
+    """Return what keys and values depend on beside the model's files.
+
+    That is llama.cpp, their type, and, with flash attention, how values lie; not the context's
+    length, but for models that turn positions otherwise in a context over their original one
+    (LongRoPE: llama_model::get_rope_factors). Where layers are computed is not in it: sums
+    differ in their last bits there, as they do between batches of different sizes.
+    """
+    original = model.metadata("{arch}.rope.scaling.original_context_length") or ""
+    is_long = original.isdecimal() and n_ctx > int(original)
+    return f"{version()} kv={load.kv_type} fa={load.flash_attn} long={is_long}"
 
 
 def _with_context(model: Model, load: Load) -> LlamaBackend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,35 @@ class Context:
         if not self.can_shift:
             raise UnsupportedError("the positions of this model's KV cache can't be moved")
         LL.llama_memory_seq_add(self._memory, slot, start, end, delta)
+
+    def state_bytes(self, slot: int) -> int:
+        """Return how many bytes `save_state` writes, a few more or less."""
+        self._check_slot(slot)
+        n_bytes: int = LL.llama_state_seq_get_size(self.handle, slot)
+        return n_bytes
+
+    def save_state(self, slot: int, path: str) -> int:
+        """Write a slot's cells to a file, a layer at a time; return its bytes, 0: it failed."""
+        self._check_slot(slot)
+        # The tokens are the caller's to keep.
+        n_bytes: int = LL.llama_state_seq_save_file(self.handle, os.fsencode(path), slot, None, 0)
+        return n_bytes
+
+    def load_state(self, slot: int, path: str, n_tokens: int) -> bool:
+        """Read into an empty slot what `save_state` wrote; False: not taken, it is empty then.
+
+        The file has to be just as it was written, though more may follow in it.
+        """
+        self._check_slot(slot)
+        # Room for the tokens that are not in the file.
+        tokens, n_read = (ctypes.c_int32 * 1)(), ctypes.c_size_t()
+        n_bytes: int = LL.llama_state_seq_load_file(
+            self.handle, os.fsencode(path), slot, tokens, 0, ctypes.byref(n_read)
+        )
+        if n_bytes and LL.llama_memory_seq_pos_max(self._memory, slot) == n_tokens - 1:
+            return True
+        LL.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        return False
 
     def set_threads(self, n_threads: int) -> None:
         """Use this many threads from the next decode on."""

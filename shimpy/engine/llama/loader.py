@@ -44,6 +44,8 @@ class Model:
         self.n_cls_out: int = LL.llama_model_n_cls_out(handle)
         self.has_encoder: bool = LL.llama_model_has_encoder(handle)
         self.has_decoder: bool = LL.llama_model_has_decoder(handle)
+        # Tokens in a sliding window of attention; 0: no layer has one.
+        self.n_swa: int = LL.llama_model_n_swa(handle)
         # Its state is one vector a sequence, not a row a token: there are no parts of it.
         self.is_recurrent: bool = LL.llama_model_is_recurrent(handle)
         self.is_hybrid: bool = LL.llama_model_is_hybrid(handle)
