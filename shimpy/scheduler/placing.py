@@ -234,7 +234,7 @@ class Placing:
                 effects += self._books.stop(victim, reason, self._now, kind="evict")
         for shrink in room.shrinks:
             reason = f"its memory was needed for {queue.key}: {describe_shrink(shrink)}"
-            effects += shrink_resident(self._books, shrink, reason, self._now, cause="evict")
+            effects += shrink_resident(self._books, shrink, reason, self._now, cause="shrunk")
             self._ledger.hold(shrink.resident.key, shrink.rung)
         self._ledger.claim(room.rung)
         return effects

@@ -102,7 +102,7 @@ class Watch:
             reason=reason,
             now=now,
             kind="moved_up",
-            cause="memory_came_free",
+            cause="moved_up",
         )
 
     def _is_ripe(self, resident: Resident, now: float) -> bool:

@@ -34,6 +34,7 @@ class ResidentInfo:
     n_waiting: int
     # When it is unloaded if nothing more is asked of it; inf: never.
     expires_at_s: float
+    is_pinned: bool
     loaded_at_s: float | None
     n_threads: int
     stats: Stats | None

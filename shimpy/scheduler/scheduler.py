@@ -70,6 +70,8 @@ class Scheduler:
         self._workers: dict[WorkerId, Worker] = {}
         self._grants: dict[RequestId, asyncio.Future[Lease | ShimpyError]] = {}
         self._last_request = 0
+        # As it was probed last.
+        self._hardware: Hardware | None = None
         self._timer: TimerHandle | None = None
         self._journal = Journal()
         self._worker_gone = asyncio.Event()
@@ -122,6 +124,17 @@ class Scheduler:
         )
         self._carry_out(self._core.on_unload(name, self._clock.now()))
         return is_loaded
+
+    def pin(self, name: str, *, pinned: bool) -> None:
+        """Keep a model loaded, once it is, whoever needs its memory, and past keep_alive; or not.
+
+        It wins over the setting `pinned` for as long as the daemon runs.
+        """
+        self._carry_out(self._core.on_pin(name, self._clock.now(), pinned=pinned))
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether a model is pinned, loaded or not."""
+        return self._core.is_pinned(name)
 
     async def wait_unloaded(self, name: str) -> None:
         """Wait until no worker has a model any more, and its memory is free."""
@@ -266,6 +279,7 @@ class Scheduler:
     async def _probe_hardware(self) -> None:
         try:
             hardware = await self._check_figures(await asyncio.to_thread(self._probe))
+            self._hardware = hardware
         except Exception as error:  # noqa: BLE001 - a task's boundary: those who wait must hear
             _log.exception("probe_failed")
             effects = self._core.on_probe_failed(str(error), self._clock.now())
@@ -295,6 +309,15 @@ class Scheduler:
             hardware = await asyncio.to_thread(self._probe)
         return hardware
 
+    async def _observe(self, start: fx.StartWorker, ready: Ready) -> None:
+        """Have the next plans know what a load really took."""
+        if self._hardware is None:
+            return
+        placement, hardware = start.rung.placement, self._hardware
+        await asyncio.to_thread(
+            self.simulations.observe, start.model, placement, ready.memory, hardware
+        )
+
     def _note(self, event: Event) -> None:
         shown = HistoryEvent(
             kind=event.kind,
@@ -323,6 +346,7 @@ class Scheduler:
         core, clock = self._core, self._clock
 
         def on_ready(ready: Ready) -> None:
+            self._tasks.create_task(self._observe(start, ready))
             self._carry_out(core.on_ready(start.worker, ready, clock.now()))
 
         def on_load_failed(failed: LoadFailed) -> None:
@@ -363,7 +387,9 @@ class Scheduler:
 
     def _resident_info(self, resident: Resident) -> ResidentInfo:
         worker = self._workers[resident.worker]
-        begun_s = resident.idle_since_s if resident.is_idle else self._clock.now()
+        expires_s = resident.expires_s
+        if not resident.is_idle and not resident.is_pinned:
+            expires_s = self._clock.now() + resident.keep_alive_s
         return ResidentInfo(
             model=resident.model,
             state=resident.phase.value,
@@ -373,7 +399,8 @@ class Scheduler:
             load_fraction=worker.load_fraction,
             n_leases=len(resident.leases),
             n_waiting=len(self._core.queues[resident.key].waiting),
-            expires_at_s=self._epoch(begun_s + resident.keep_alive_s),
+            expires_at_s=self._epoch(expires_s),
+            is_pinned=resident.is_pinned,
             loaded_at_s=None if resident.ready_s is None else self._epoch(resident.ready_s),
             n_threads=resident.n_threads,
             stats=worker.stats,
@@ -387,6 +414,8 @@ def _limits(config: Config) -> Limits:
     return Limits(
         keep_alive_s=_keep_alive(config.keep_alive),
         max_queue=config.max_queue,
+        pinned=frozenset(config.pinned),
+        replan_interval_s=config.replan_interval,
         n_threads=config.n_threads,
     )
 

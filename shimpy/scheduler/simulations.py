@@ -1,4 +1,6 @@
-"""Exact figures of what loads would take: asked of llama.cpp in a short-lived process, and kept.
+"""Exact figures of what loads take: asked of llama.cpp in a short-lived process, or observed.
+
+What a load really took wins over what was simulated, and both over formulas; both are kept.
 
 Blocking, for threads. Everything is bounded: the time of a simulation, what is remembered, and
 how often one that failed is tried. Whoever plans goes on with formulas where there is no figure.
@@ -26,9 +28,10 @@ from shimpy.logs import get_logger
 from shimpy.placement.figures import NO_FIGURES, Setup, use_from_buffers
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.memory import MemoryUse, Use
-from shimpy.placement.placement import Plan, PlanOptions
+from shimpy.placement.placement import Placement, Plan, PlanOptions
 from shimpy.placement.planner import plan_model
-from shimpy.protocol.messages import Load, Simulated
+from shimpy.placement.search import setup_of
+from shimpy.protocol.messages import BufferUse, Load, Simulated
 from shimpy.registry.disk import write_file
 from shimpy.registry.model import Model
 from shimpy.scheduler.loads import simulated_load
@@ -48,6 +51,7 @@ _ROOM_BYTES: Final = 1 * GIB
 _TIGHT: Final = 0.75
 _MAX_ROWS: Final = 4096
 _MAX_MODELS: Final = 256
+_MAX_SETUPS: Final = 256
 _VERSION: Final = 1
 
 _log = get_logger("simulations")
@@ -139,6 +143,31 @@ class Simulations:
         finally:
             self._lock.release()
 
+    def observe(
+        self,
+        model: Model,
+        placement: Placement,
+        memory: Sequence[BufferUse],
+        hardware: Hardware,
+    ) -> bool:
+        """Take what a load really took in place of any forecast; return whether that is news.
+
+        It is kept as a simulation's figures are, so that plans after a restart know it too.
+        """
+        shape, setup = model.shape, setup_of(placement)
+        use = use_from_buffers(setup.devices, memory) if memory else None
+        if shape is None or use is None:
+            return False
+        with self._lock:
+            known = self._known.get(shape, NO_FIGURES)
+            if known.get(setup) == use:
+                return False
+            self._know(shape, {setup: use})
+            key = _key(model, setup, hardware)
+            if key and self._kept(key) != use:
+                self._keep({key: use})
+        return True
+
     def _learn(
         self,
         model: Model,
@@ -162,12 +191,16 @@ class Simulations:
             self._keep({keys[setup]: use for setup, use in fresh.items()})
             found |= fresh
         if found:
-            # A new table: planners in other threads go on reading the old one.
-            self._known[shape] = {**self._known.get(shape, NO_FIGURES), **found}
-            self._known.move_to_end(shape)
-            if len(self._known) > _MAX_MODELS:
-                self._known.popitem(last=False)
+            self._know(shape, found)
         return bool(found)
+
+    def _know(self, shape: ModelShape, found: dict[Setup, MemoryUse]) -> None:
+        # A new table: planners in other threads go on reading the old one.
+        table = {**self._known.get(shape, NO_FIGURES), **found}
+        self._known[shape] = dict(list(table.items())[-_MAX_SETUPS:])
+        self._known.move_to_end(shape)
+        if len(self._known) > _MAX_MODELS:
+            self._known.popitem(last=False)
 
     def _failed_lately(self, key: str) -> bool:
         now = self._clock()

@@ -36,7 +36,7 @@ _TOTAL_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 # llama.cpp's name for host memory.
 _HOST = "CPU"
-_UNLOADS = frozenset({"unload", "evict", "reload"})
+_UNLOADS = frozenset({"unload", "evict", "reload", "shrunk", "moved_up"})
 
 
 class Metrics:
