@@ -101,9 +101,11 @@ def make_report(
 ) -> PlanReport:
     """Return the plan of a model, its figures checked by llama.cpp where the devices are there."""
     from shimpy.placement.explain import PlanReport
+    from shimpy.placement.speeds import FOLDER, Speeds
     from shimpy.scheduler.simulations import FILE_NAME, Simulations
 
-    simulations = Simulations(config.state_dir / FILE_NAME)
+    speeds = Speeds(config.state_dir / FOLDER)
+    simulations = Simulations(config.state_dir / FILE_NAME, speeds=speeds)
     plan = simulations.plan_exactly(model, hardware, options)
     assert model.shape is not None, "find_model returns only models that can be used"
     return PlanReport(model=name, shape=model.shape, hardware=hardware, plan=plan)

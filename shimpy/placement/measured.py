@@ -26,6 +26,7 @@ import msgspec
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.defaults import KV_TYPE
+from shimpy.placement.figures import Setup
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import CpuMoe, Mode, Placement, Plan, PlanOptions, Rung
 from shimpy.placement.reasons import describe_layout
@@ -72,6 +73,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
 class _Candidate:
     speed: Speed
     rung: Rung
+    # What exact figures its own plan is in want of.
+    doubts: tuple[Setup, ...] = ()
 
 
 def spot_of(placement: Placement) -> Spot:
@@ -140,7 +143,9 @@ def plan_measured(
         return replace(plan, reason=reason)
     chosen = replace(best.rung, reason=_praise(shape, best, found))
     reason = f"{chosen.reason}. By the ladder: {plan.chosen.reason}"
-    return Plan(chosen=chosen, reason=reason, ladder=_insert(plan.ladder, chosen))
+    return Plan(
+        chosen=chosen, reason=reason, ladder=_insert(plan.ladder, chosen), doubts=best.doubts
+    )
 
 
 def _fitting(
@@ -156,9 +161,9 @@ def _fitting(
         wish = _options_for(shape, options, speed.spot)
         if wish is None:
             continue
-        rung = planner(shape, hardware, wish).chosen
-        if rung is not None and spot_of(rung.placement) == speed.spot:
-            found.append(_Candidate(speed, rung))
+        plan = planner(shape, hardware, wish)
+        if plan.chosen is not None and spot_of(plan.chosen.placement) == speed.spot:
+            found.append(_Candidate(speed, plan.chosen, plan.doubts))
     return found
 
 

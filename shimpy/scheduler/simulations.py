@@ -31,6 +31,7 @@ from shimpy.placement.memory import MemoryUse, Use
 from shimpy.placement.placement import Placement, Plan, PlanOptions
 from shimpy.placement.planner import plan_model
 from shimpy.placement.search import setup_of
+from shimpy.placement.speeds import Speeds
 from shimpy.protocol.messages import BufferUse, Load, Simulated
 from shimpy.registry.disk import write_file
 from shimpy.registry.model import Model
@@ -77,12 +78,17 @@ class Simulations:
         self,
         path: Path | None,
         *,
+        speeds: Speeds | None = None,
         run: Runner | None = None,
         clock: Callable[[], float] = time.monotonic,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """`path` is the file that keeps figures; None: they are kept in memory alone."""
+        """`path` is the file that keeps figures; None: they are kept in memory alone.
+
+        `speeds` are those that were measured on this machine; plans take the fastest known.
+        """
         self._path = path
+        self._speeds = speeds
         self._run = run or run_simulation
         self._clock = clock
         self._timeout_s = timeout_s
@@ -97,7 +103,12 @@ class Simulations:
         return self._clock() + self._timeout_s
 
     def plan(self, shape: ModelShape, hardware: Hardware, options: PlanOptions) -> Plan:
-        """Plan with the figures that are known; never waits."""
+        """Plan with the figures and the speeds that are known; never waits."""
+        if self._speeds is None:
+            return self._plan_by_ladder(shape, hardware, options)
+        return self._speeds.plan(self._plan_by_ladder, shape, hardware, options)
+
+    def _plan_by_ladder(self, shape: ModelShape, hardware: Hardware, options: PlanOptions) -> Plan:
         return plan_model(shape, hardware, options, self._known.get(shape, NO_FIGURES))
 
     def plan_exactly(self, model: Model, hardware: Hardware, options: PlanOptions) -> Plan:
@@ -109,6 +120,8 @@ class Simulations:
             InvalidOptionError: as `plan_model`.
         """
         assert model.shape is not None, "only models that can be used are planned"
+        if self._speeds is not None:
+            self._speeds.refresh()
         until_s = self.deadline()
         plan = self.plan(model.shape, hardware, options)
         for _ in range(ROUNDS):

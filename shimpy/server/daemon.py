@@ -25,6 +25,8 @@ from shimpy.keys import KEYS_NAME, KeyFile
 from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.probe import probe_hardware
+from shimpy.placement.speeds import FOLDER as SPEEDS_NAME
+from shimpy.placement.speeds import Speeds
 from shimpy.registry.catalog import FILE_NAME as CATALOG_NAME
 from shimpy.registry.catalog import CatalogFile
 from shimpy.registry.own import BuiltIn, StoreModels
@@ -120,9 +122,12 @@ async def _serve(
             is_exposed=exposed is not None and not config.insecure,
         )
         _check_exposure(gate, exposed, has_tls=tls is not None)
-        simulations = Simulations(config.state_dir / SIMULATIONS_NAME)
+        speeds = Speeds(config.state_dir / SPEEDS_NAME)
+        simulations = Simulations(config.state_dir / SIMULATIONS_NAME, speeds=speeds)
         async with (
-            Scheduler(config, machine.probe, simulations=simulations) as scheduler,
+            Scheduler(
+                config, partial(_probe, machine, speeds), simulations=simulations
+            ) as scheduler,
             asyncio.TaskGroup() as tasks,
         ):
             services = Services(
@@ -199,6 +204,12 @@ def make_registry(
 def make_probe(config: Config) -> Callable[[], Hardware]:
     """Return what takes a snapshot of this machine, less what the config leaves to others."""
     return partial(probe_hardware, reserve_vram=config.reserve_vram, reserve_ram=config.reserve_ram)
+
+
+def _probe(machine: Machine, speeds: Speeds) -> Hardware:
+    """Return what a load has before it: this machine now, and what was measured until now."""
+    speeds.refresh()
+    return machine.probe()
 
 
 async def _look_around(machine: Machine) -> None:
