@@ -15,6 +15,8 @@ from shimpy.client import Client
 from shimpy.config import client_url, load_config
 from shimpy.errors import DaemonError, UnreachableError
 
+# In the state folder, unless the config names a log file.
+LOG_NAME = "daemon.log"
 _START_TIMEOUT_S = 30.0
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
@@ -39,17 +41,18 @@ def connect() -> Client:
 
 def _start_daemon(bind: str) -> None:
     config = load_config().config
-    config.state_dir.mkdir(parents=True, exist_ok=True)
-    log = config.state_dir / "daemon.log"
+    log = config.log_file or config.state_dir / LOG_NAME
+    log.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="shimpy-") as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
-        log.open("wb") as output,
+        log.open("ab") as output,
     ):
         path = Path(folder) / "notify"
         ready.bind(str(path))
         process = subprocess.Popen(  # noqa: S603 - this very program
-            [sys.executable, "-m", "shimpy", "serve", "--bind", bind],
+            # What it says before it takes the file over goes there, too.
+            [sys.executable, "-m", "shimpy", "serve", "--bind", bind, "--log-file", str(log)],
             env={**os.environ, "NOTIFY_SOCKET": str(path)},
             stdin=subprocess.DEVNULL,
             stdout=output,

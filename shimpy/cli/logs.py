@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -62,6 +63,7 @@ def format_line(fields: dict[str, Any]) -> str:
 
 
 def _lines(n_lines: int, *, follow: bool) -> Iterator[str]:
+    from shimpy.cli.autostart import LOG_NAME
     from shimpy.config import load_config
     from shimpy.errors import NotFoundError
 
@@ -69,7 +71,8 @@ def _lines(n_lines: int, *, follow: bool) -> Iterator[str]:
         if _has_unit(scope):
             yield from _journal(scope, n_lines, follow=follow)
             return
-    path = load_config().config.state_dir / "daemon.log"
+    config = load_config().config
+    path = config.log_file or config.state_dir / LOG_NAME
     if not path.exists():
         raise NotFoundError(
             f"there is no log: no service is installed, and no daemon was started in the "
@@ -105,19 +108,42 @@ def _journal(scope: list[str], n_lines: int, *, follow: bool) -> Iterator[str]:
 def _file(path: Path, n_lines: int, *, follow: bool) -> Iterator[str]:
     from collections import deque
 
+    last: deque[str] = deque(maxlen=n_lines)
+    old = path.with_name(f"{path.name}.1")
+    if old.exists():
+        with old.open(encoding="utf-8", errors="replace") as file:
+            last.extend(file)
     with path.open(encoding="utf-8", errors="replace") as file:
-        yield from (line.rstrip("\n") for line in deque(file, maxlen=n_lines))
-        if follow:
-            sys.stdout.flush()
-            yield from _followed(file)
-
-
-def _followed(file: Iterable[str]) -> Iterator[str]:
-    rest = ""
+        last.extend(file)
+        yield from (line.rstrip("\n") for line in last)
+        if not follow:
+            return
+        sys.stdout.flush()
+        yield from _followed(path, file)
     while True:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from _followed(path, file)
+
+
+def _followed(path: Path, file: TextIO) -> Iterator[str]:
+    """Yield a file's further lines as they come, until the daemon has begun a new one."""
+    rest = ""
+    is_old = False
+    while not is_old:
+        # Asked before it is read to its end: nothing comes after that.
+        is_old = _is_old(path, file)
         for piece in file:
             rest += piece
             if rest.endswith("\n"):
                 yield rest.rstrip("\n")
                 rest = ""
-        time.sleep(_POLL_S)
+        if not is_old:
+            time.sleep(_POLL_S)
+
+
+def _is_old(path: Path, file: TextIO) -> bool:
+    try:
+        return not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        # Between the old file's new name and the new file.
+        return False

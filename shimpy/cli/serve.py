@@ -52,5 +52,5 @@ def command(config_file: Path | None, **flags: Any) -> None:
 
     from shimpy.server.daemon import serve
 
-    setup_logging(config.log_level, config.log_format)
+    setup_logging(config.log_level, config.log_format, config.log_file)
     asyncio.run(serve(config, load=load))

@@ -18,7 +18,7 @@ import msgspec
 
 from shimpy.config import Config
 from shimpy.errors import UserError
-from shimpy.logs import get_logger
+from shimpy.logs import get_logger, set_level
 from shimpy.placement.probe import probe_hardware
 from shimpy.server.systemd import notify, notify_reloading
 from shimpy.server.tls import load_certificate
@@ -35,6 +35,7 @@ LIVE = frozenset(
         "keep_alive",
         "kv_type",
         "load_timeout",
+        "log_level",
         "max_body",
         "max_queue",
         "model_dirs",
@@ -111,6 +112,7 @@ class Reloader:
 async def _apply(services: Services, config: Config) -> None:
     has_moved = config.model_dirs != services.config.model_dirs
     services.config = config
+    set_level(config.log_level)
     services.guard = replace(services.guard, origins=config.origins)
     services.machine.use(
         partial(probe_hardware, reserve_vram=config.reserve_vram, reserve_ram=config.reserve_ram)

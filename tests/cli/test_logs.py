@@ -61,6 +61,14 @@ def test_the_background_daemon_s_file_is_shown(home: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_file_before_it_is_shown_too(home: Path) -> None:
+    log_file = home / "state" / "daemon.log"
+    log_file.with_name("daemon.log.1").write_text("before\n")
+    assert run(home).stdout.startswith("before\n")
+    assert "before" not in run(home, "-n", "2").stdout
+
+
+@pytest.mark.slow
 def test_without_a_log_it_says_where_one_would_be(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 1
@@ -81,5 +89,9 @@ def test_follow_goes_on_with_what_comes(home: Path) -> None:
                 log.flush()
                 log.write(json.dumps(later)[5:] + "\n")
             assert json.loads(follower.stdout.readline()) == later
+            log_file = home / "state" / "daemon.log"
+            log_file.rename(log_file.with_name("daemon.log.1"))
+            log_file.write_text(json.dumps(LINES[1]) + "\n")
+            assert json.loads(follower.stdout.readline()) == LINES[1]
         finally:
             follower.terminate()

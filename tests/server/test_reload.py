@@ -63,6 +63,18 @@ def test_what_can_be_applied_is_and_the_rest_is_named(tmp_path: Path, models: Pa
         assert large.status_code == 413
 
 
+def test_a_new_log_level_holds_at_once(tmp_path: Path, models: Path) -> None:
+    with running_daemon(tmp_path, models, "--log-file", str(tmp_path / "d.log")) as daemon:
+        for level, name in (("error", "quiet"), ("info", "heard")):
+            write_config(tmp_path, f'log_level = "{level}"\n')
+            assert "log_level" in reload(daemon)["applied"]
+            headers = {"X-Request-Id": name}
+            httpx.get(f"{daemon.url}/ready", headers=headers, trust_env=False)
+    log = (tmp_path / "d.log").read_text()
+    assert '"heard"' in log
+    assert '"quiet"' not in log
+
+
 def test_models_in_a_new_folder_are_found(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
