@@ -84,8 +84,10 @@ def command(
     """
     from shimpy.cli.output import print_json
     from shimpy.config import load_config
+    from shimpy.logs import setup_logging
     from shimpy.placement.explain import plan_to_json
 
+    setup_logging("warning", "auto")
     config = load_config(file=config_file).config
     name, found = find_model(model, config)
     options = plan_options(config, n_ctx=n_ctx, n_slots=slots, cpu_moe=cpu_moe, kv_type=kv_type)

@@ -292,7 +292,7 @@ def model_of_files(files: Sequence[Path]) -> Model:
     return Model(
         name=name_from_stem(files[0].stem),
         files=tuple(files),
-        size_bytes=sum(shard.file_bytes for shard in header.shards),
+        size_bytes=sum(path.stat().st_size for path in files),
         modified_s=max(path.stat().st_mtime for path in files),
         digest=_digest(header),
         source=str(files[0].parent),

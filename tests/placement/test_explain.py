@@ -10,7 +10,9 @@ import pytest
 
 from shimpy.placement.explain import plan_lines, plan_report, plan_to_json
 from shimpy.placement.hardware import Hardware, UnusableGpu, suppose
+from shimpy.placement.memory import MemoryModel
 from shimpy.placement.placement import PlanOptions
+from shimpy.placement.planner import plan_model
 from shimpy.units import GIB
 from tests.placement.machines import OVERHEAD_BYTES, machine, model
 
@@ -50,7 +52,7 @@ def as_json(hardware: Hardware, options: PlanOptions | None = None) -> dict[str,
 def test_the_json_has_its_shape() -> None:
     data = as_json(machine(8))
     assert list(data) == [
-        "model", "fits", "reason", "placement", "devices", "host", "experts", "ladder",
+        "model", "fits", "reason", "figures", "placement", "devices", "host", "experts", "ladder",
         "unusable_gpus",
     ]  # fmt: skip
     assert data["model"] == "deepseek:q4_k_m"
@@ -66,7 +68,7 @@ def test_the_json_has_its_shape() -> None:
         "bytes": MOE.expert_bytes,
     }
     for rung in data["ladder"]:
-        assert list(rung) == ["fits", "reason", "placement", "devices", "host"]
+        assert list(rung) == ["fits", "reason", "figures", "placement", "devices", "host"]
 
 
 def test_the_json_tells_the_chosen_rung() -> None:
@@ -99,10 +101,23 @@ def test_each_device_has_a_line_that_adds_up() -> None:
     report = plan_report("deepseek", MOE, machine(8, 8), PlanOptions(n_ctx=4096))
     lines = plan_lines(report)
     assert [line.split(":")[0] for line in lines] == [
-        "10.2 GiB", "why", "settings", "CUDA0", "CUDA1", "RAM", "experts",
+        "10.2 GiB", "why", "settings", "CUDA0", "CUDA1", "RAM", "figures", "experts",
     ]  # fmt: skip
     assert "layers" in lines[0]
     assert lines[3].endswith("of 8.0 GiB free")
+
+
+def test_it_is_told_whether_figures_are_exact() -> None:
+    report = plan_report("deepseek", MOE, machine(8), PlanOptions(n_ctx=4096))
+    assert "figures: estimated by formulas" in plan_lines(report)
+    assert plan_to_json(report)["figures"] == "estimated"
+    use = MemoryModel(MOE).estimate
+    figures = {doubt: use(doubt.layout, doubt.context) for doubt in report.plan.doubts}
+    plan = plan_model(MOE, machine(8), PlanOptions(n_ctx=4096), figures)
+    exact = replace(report, plan=plan)
+    assert "figures: exact, as llama.cpp itself simulates the load" in plan_lines(exact)
+    assert plan_to_json(exact)["figures"] == "exact"
+    assert plan.doubts == ()
 
 
 def test_a_dense_model_has_no_line_on_experts() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from shimpy.gguf.arch import describe_model
 from shimpy.gguf.reader import read_header
+from shimpy.placement.figures import Setup
 from shimpy.placement.memory import Context, Layout, estimate_memory
+from shimpy.registry.registry import model_of_files
+from shimpy.scheduler.loads import simulated_load
+from shimpy.scheduler.simulations import run_simulation
 from shimpy.units import MIB
 from tests.shapes import MODELS, FileType, write_gguf
 
@@ -46,17 +46,17 @@ def test_llama_cpp_takes_what_is_predicted(model: str, tmp_path: Path) -> None:
         assert abs(use.compute_bytes - compute) <= max(0.15 * compute, 64 * MIB)
 
 
-def simulate(path: Path, settings: list[dict[str, object]]) -> list[list[int]]:
-    """Run tests/no_alloc.py: an assertion in llama.cpp would end this process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.no_alloc", str(path), json.dumps(settings)],
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    answer: list[list[int]] = json.loads(done.stdout)
-    return answer
+def simulate(path: Path, settings: list[dict[str, object]]) -> list[tuple[int, int, int]]:
+    """Return what the engine's own simulation says of host memory, per setting."""
+    model = model_of_files([path])
+    loads = [
+        simulated_load(
+            model,
+            Setup(devices=(), layout=Layout(), context=Context(**setting)),  # type: ignore[arg-type]
+        )
+        for setting in settings
+    ]
+    answers = sorted(run_simulation(loads, 50), key=lambda answer: answer.index)
+    assert not [answer.error for answer in answers if answer.error]
+    hosts = [use for answer in answers for use in answer.memory]
+    return [(use.model_bytes, use.context_bytes, use.compute_bytes) for use in hosts]
