@@ -15,6 +15,8 @@ from shimpy.scheduler.states import EventKind
 
 MAX_HISTORY = 256
 _US_PER_S = 1e6
+# What happens beside loading and unloading.
+_ASIDES: frozenset[EventKind] = frozenset({"saved", "restored"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,8 @@ class HistoryEvent:
     at_s: float
     # Why, in one of a few words.
     cause: str = ""
+    # Of the prompts whose KV cache was saved or restored.
+    n_tokens: int = 0
     # Rises from event to event, also over a restart of the daemon: its time in microseconds.
     id: int = 0
 
@@ -89,7 +93,11 @@ class Journal:
 
     def last_reason(self, model: str) -> str:
         """Return the reason of the last event about a model; "" when none is remembered."""
-        about = (event.reason for event in reversed(self._events) if event.model == model)
+        about = (
+            event.reason
+            for event in reversed(self._events)
+            if event.model == model and event.kind not in _ASIDES
+        )
         return next(about, "")
 
     def follow(self, after: int | None = None) -> AsyncGenerator[HistoryEvent, None]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Self, assert_never
 
@@ -21,7 +22,7 @@ from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import PlanOptions
 from shimpy.placement.planner import plan_model
-from shimpy.protocol.messages import LoadFailed, Ready, SetThreads
+from shimpy.protocol.messages import LoadFailed, PrefixNews, Ready, SetThreads
 from shimpy.registry.model import Model
 from shimpy.scheduler import effects as fx
 from shimpy.scheduler.books import Limits
@@ -30,12 +31,13 @@ from shimpy.scheduler.core import SchedulerCore
 from shimpy.scheduler.exits import ExitKind, WorkerExit
 from shimpy.scheduler.lease import Lease
 from shimpy.scheduler.ledger import Ledger
-from shimpy.scheduler.loads import load_message, with_defaults
+from shimpy.scheduler.loads import load_message, with_defaults, with_prefixes
 from shimpy.scheduler.policy import Planner
 from shimpy.scheduler.reports import HistoryEvent, Journal, ResidentInfo, WaitingInfo
 from shimpy.scheduler.simulations import ROUNDS, Simulations, needs_check
 from shimpy.scheduler.states import Event, Phase, Request, RequestId, Resident, WorkerId
 from shimpy.scheduler.worker import ENGINE_ARGV, Deadlines, Worker
+from shimpy.units import format_bytes
 
 _log = get_logger("scheduler")
 
@@ -329,6 +331,19 @@ class Scheduler:
         self._journal.add(shown)
         _log.info(f"model_{event.kind}", model=event.model, reason=event.reason)
 
+    def _on_prefix(self, model: str, news: PrefixNews) -> None:
+        if news.kind not in ("saved", "restored"):
+            return
+        self._journal.add(
+            HistoryEvent(
+                kind=news.kind,
+                model=model,
+                reason=f"{news.n_tokens} tokens, {format_bytes(news.n_bytes)}, {news.took_s:.2f} s",
+                at_s=time.time(),
+                n_tokens=news.n_tokens,
+            )
+        )
+
     def _arm_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -357,9 +372,12 @@ class Scheduler:
 
         worker = Worker(
             name=str(start.model.name),
-            load=load_message(start.model, start.rung, start.n_threads),
+            load=with_prefixes(
+                load_message(start.model, start.rung, start.n_threads), start.model, self._config
+            ),
             on_ready=on_ready,
             on_load_failed=on_load_failed,
+            on_prefix=partial(self._on_prefix, str(start.model.name)),
             argv=self._engine_argv,
             deadlines=self._deadlines,
         )

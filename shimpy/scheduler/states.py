@@ -196,6 +196,8 @@ EventKind = Literal[
     "died",
     "held",
     "refused",
+    "saved",
+    "restored",
 ]
 
 

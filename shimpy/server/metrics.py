@@ -97,6 +97,12 @@ class Metrics:
             ["model", "reason"],
             registry=registry,
         )
+        self._prefix_tokens = Counter(
+            "shimpy_prefix_tokens",
+            "Tokens of prompts whose KV cache was saved as a model was unloaded, or restored.",
+            ["model", "kind"],
+            registry=registry,
+        )
         self._deaths = Counter(
             "shimpy_worker_deaths",
             "Workers that ended unasked, by the kind of their exit.",
@@ -149,6 +155,8 @@ class Metrics:
                 self._loads.labels(event.model, event.kind).inc()
             case "died":
                 self._deaths.labels(event.model, event.cause).inc()
+            case "saved" | "restored":
+                self._prefix_tokens.labels(event.model, event.kind).inc(event.n_tokens)
             case _ if event.kind in _UNLOADS:
                 self._unloads.labels(event.model, event.cause).inc()
             case _:

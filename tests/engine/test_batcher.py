@@ -43,7 +43,7 @@ class Bench:
 
     def plan(self) -> Batch:
         batch = self.batcher.next_batch(self.now)
-        assert batch is not None
+        assert isinstance(batch, Batch)
         return batch
 
     def step(self) -> dict[Sequence, int]:
