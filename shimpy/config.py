@@ -307,6 +307,12 @@ class Config:
     n_threads: int | None = _setting(
         None, _parse_int(1), "N", "Threads of one worker; by cores and busy workers when not set."
     )
+    spare_worker: bool = _setting(
+        True,  # noqa: FBT003 - a default, not an argument
+        _parse_switch,
+        "[on|off]",
+        "Keep a worker process ready, so that a load need not start one.",
+    )
     max_queue: int = _setting(
         512, _parse_int(0), "N", "Requests that may wait for one model; one more gets a 503."
     )

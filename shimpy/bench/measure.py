@@ -28,7 +28,7 @@ from shimpy.protocol.messages import (
 from shimpy.registry.model import Model
 from shimpy.scheduler.lease import Lease
 from shimpy.scheduler.loads import load_message
-from shimpy.scheduler.worker import ENGINE_ARGV, Deadlines, Worker
+from shimpy.scheduler.worker import ENGINE_ARGV, Deadlines, Task, Worker
 
 # Every run of a kind meets the same prompts, whatever the placement.
 _SEED = 7
@@ -102,13 +102,16 @@ class Bench:
                 error = LoadError(failed.message, out_of_memory=failed.out_of_memory)
                 loaded.set_exception(error)
 
-        worker = Worker(
-            name=str(self.model.name),
-            load=load_message(self.model, candidate.rung, candidate.n_threads),
-            on_ready=on_ready,
-            on_load_failed=on_load_failed,
-            argv=self.engine_argv,
-            deadlines=self.deadlines,
+        load = load_message(self.model, candidate.rung, candidate.n_threads)
+        worker = Worker(uses_gpu=bool(load.devices), argv=self.engine_argv)
+        worker.give(
+            Task(
+                name=str(self.model.name),
+                load=load,
+                on_ready=on_ready,
+                on_load_failed=on_load_failed,
+                deadlines=self.deadlines,
+            )
         )
         started = time.perf_counter()
         life = asyncio.create_task(worker.run())

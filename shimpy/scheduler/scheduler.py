@@ -35,8 +35,9 @@ from shimpy.scheduler.loads import load_message, with_defaults, with_prefixes
 from shimpy.scheduler.policy import Planner
 from shimpy.scheduler.reports import HistoryEvent, Journal, ResidentInfo, WaitingInfo
 from shimpy.scheduler.simulations import ROUNDS, Simulations, needs_check
+from shimpy.scheduler.spare import SpareWorker
 from shimpy.scheduler.states import Event, Phase, Request, RequestId, Resident, WorkerId
-from shimpy.scheduler.worker import ENGINE_ARGV, Deadlines, Worker
+from shimpy.scheduler.worker import ENGINE_ARGV, Deadlines, Task, Worker
 from shimpy.units import format_bytes
 
 _log = get_logger("scheduler")
@@ -70,6 +71,12 @@ class Scheduler:
         )
         self._tasks = asyncio.TaskGroup()
         self._workers: dict[WorkerId, Worker] = {}
+        self._spare = SpareWorker(
+            argv=self._engine_argv,
+            clock=self._clock,
+            run=self._run,
+            is_enabled=config.spare_worker,
+        )
         self._grants: dict[RequestId, asyncio.Future[Lease | ShimpyError]] = {}
         self._last_request = 0
         # As it was probed last.
@@ -88,6 +95,7 @@ class Scheduler:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._spare.close()
         self._carry_out(self._core.on_drain_over(self._clock.now()))
         # Cancelled, the workers are killed; else they get their deadlines. An error of the
         # block's own goes on its way as it is, not in a group of the tasks' errors.
@@ -151,12 +159,20 @@ class Scheduler:
             self._deadlines, load_s=config.load_timeout, silence_s=config.hang_timeout
         )
         self._core.on_limits(_limits(config))
+        self._spare.enable(is_enabled=config.spare_worker)
+        self._look_for_quiet()
+
+    def prepare(self, hardware: Hardware) -> None:
+        """Have a worker process ready soon for the first load on this machine."""
+        self._spare.want(uses_gpu=bool(hardware.gpus))
+        self._look_for_quiet()
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests, let leases end for `timeout_s`, then stop every worker.
 
         Returns when all workers have gone.
         """
+        self._spare.close()
         self._carry_out(self._core.on_drain(self._clock.now()))
         try:
             async with asyncio.timeout(timeout_s):
@@ -188,6 +204,16 @@ class Scheduler:
             for queue in self._core.queues.values()
             if queue.resident is None and (queue.waiting or queue.held_until_s > now)
         )
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether a worker waits for a model, or is just starting to."""
+        return self._spare.is_there
+
+    @property
+    def spare_pid(self) -> int | None:
+        """The process id of the worker that waits for a model, if there is one."""
+        return self._spare.pid
 
     def history(self) -> tuple[HistoryEvent, ...]:
         """Return the last loads, unloads, evictions and failures, oldest first; bounded."""
@@ -261,6 +287,7 @@ class Scheduler:
                 case _:
                     assert_never(effect)
         self._arm_timer()
+        self._look_for_quiet()
 
     def _answer(self, request: RequestId, outcome: Lease | ShimpyError) -> None:
         granted = self._grants.get(request)
@@ -355,6 +382,12 @@ class Scheduler:
     def _on_timer(self) -> None:
         self._carry_out(self._core.on_timer(self._clock.now()))
 
+    def _look_for_quiet(self) -> None:
+        core = self._core
+        is_idle = all(resident.is_idle for resident in core.residents.values())
+        is_asked = any(queue.waiting for queue in core.queues.values())
+        self._spare.on_change(is_quiet=is_idle and not is_asked)
+
     # --- workers --------------------------------------------------------------------------
 
     def _start_worker(self, start: fx.StartWorker) -> None:
@@ -370,34 +403,47 @@ class Scheduler:
             )
             self._carry_out(effects)
 
-        worker = Worker(
-            name=str(start.model.name),
-            load=with_prefixes(
-                load_message(start.model, start.rung, start.n_threads), start.model, self._config
-            ),
-            on_ready=on_ready,
-            on_load_failed=on_load_failed,
-            on_prefix=partial(self._on_prefix, str(start.model.name)),
-            argv=self._engine_argv,
-            deadlines=self._deadlines,
-        )
+        name = str(start.model.name)
+        load = load_message(start.model, start.rung, start.n_threads)
+        uses_gpu = bool(load.devices)
+        worker = self._spare.take(uses_gpu=uses_gpu)
+        if worker is None:
+            worker = Worker(uses_gpu=uses_gpu, argv=self._engine_argv)
+            self._run(worker)
         self._workers[start.worker] = worker
-        self._tasks.create_task(self._run_worker(start.worker, worker))
+        worker.give(
+            Task(
+                name=name,
+                load=with_prefixes(load, start.model, self._config),
+                on_ready=on_ready,
+                on_load_failed=on_load_failed,
+                on_prefix=partial(self._on_prefix, name),
+                deadlines=self._deadlines,
+            )
+        )
 
-    async def _run_worker(self, worker_id: WorkerId, worker: Worker) -> None:
+    def _run(self, worker: Worker) -> None:
+        self._tasks.create_task(self._run_worker(worker))
+
+    async def _run_worker(self, worker: Worker) -> None:
         try:
             end = await worker.run()
         except Exception as error:  # noqa: BLE001 - a task's boundary: one worker is lost
-            _log.exception("worker_lost", worker=worker_id)
+            _log.exception("worker_lost", pid=worker.pid)
             reason = f"was lost to a fault in shimpy: {error}"
             end = WorkerExit(kind=ExitKind.FAILED, reason=reason, returncode=None)
-        _log.info("worker_exit", worker=worker_id, kind=end.kind.value, reason=end.reason)
-        self._carry_out(self._core.on_worker_exit(worker_id, end, self._clock.now()))
-        del self._workers[worker_id]
+        worker_id = next((key for key, other in self._workers.items() if other is worker), None)
+        name = "spare" if worker_id is None else worker_id
+        _log.info("worker_exit", worker=name, kind=end.kind.value, reason=end.reason)
+        if worker_id is None:
+            self._spare.on_exit(worker)
+        else:
+            self._carry_out(self._core.on_worker_exit(worker_id, end, self._clock.now()))
+            del self._workers[worker_id]
         self._worker_gone.set()
 
     async def _wait_no_workers(self) -> None:
-        while self._workers:
+        while self._workers or not self._spare.is_gone:
             self._worker_gone.clear()
             await self._worker_gone.wait()
 

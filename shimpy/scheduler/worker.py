@@ -10,7 +10,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shimpy.errors import CapacityError, ProtocolError, WorkerDiedError
@@ -69,27 +69,34 @@ class Deadlines:
     linger_s: float = 2.0
 
 
-class Worker:
-    """One worker process; `run` is its life, everything else may be called meanwhile."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a worker is for: the model that it loads, and whom to tell how that went."""
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        load: Load,
-        on_ready: Callable[[Ready], None],
-        on_load_failed: Callable[[LoadFailed], None],
-        on_prefix: Callable[[PrefixNews], None] = lambda _news: None,
-        argv: Sequence[str] = ENGINE_ARGV,
-        deadlines: Deadlines | None = None,
-    ) -> None:
-        self._log = _log.bind(worker=name)
-        self._load = load
-        self._on_ready = on_ready
-        self._on_load_failed = on_load_failed
-        self._on_prefix = on_prefix
+    name: str
+    load: Load
+    on_ready: Callable[[Ready], None]
+    on_load_failed: Callable[[LoadFailed], None]
+    on_prefix: Callable[[PrefixNews], None] = lambda _news: None
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+
+class Worker:
+    """One worker process; `run` is its life, everything else may be called meanwhile.
+
+    Until it is given its task it is a spare one, which has everything but a model.
+    """
+
+    def __init__(self, *, uses_gpu: bool, argv: Sequence[str] = ENGINE_ARGV) -> None:
+        """`uses_gpu` tells whether its model will be on one: its environment differs."""
+        self._log = _log
+        self.uses_gpu = uses_gpu
         self._argv = argv
-        self._deadlines = deadlines or Deadlines()
+        self._task: Task | None = None
+        self._given = asyncio.Event()
+        self._greeted = False
+        self._deadlines = Deadlines()
+        self._kills_before: int | None = None
         self._decoder = daemon_decoder()
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -112,6 +119,20 @@ class Worker:
     def pid(self) -> int | None:
         """The process id, once there is a process."""
         return self._process.pid if self._process is not None else None
+
+    def give(self, task: Task) -> None:
+        """Let it load a model; once, and before or after it has started."""
+        assert self._task is None, "a worker holds one model"
+        self._task, self._deadlines = task, task.deadlines
+        self._log = _log.bind(worker=task.name)
+        self._given.set()
+        if self._greeted:
+            self.send(task.load)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether nothing speaks against giving it a task."""
+        return self._task is None and self._ending is None and self._ended is None
 
     def stop(self, reason: str) -> None:
         """End it: a Shutdown frame, then SIGTERM, then SIGKILL, each with its deadline."""
@@ -161,8 +182,7 @@ class Worker:
         """
         end = WorkerExit(kind=ExitKind.FAILED, reason="was given up", returncode=None)
         try:
-            kills_before = await asyncio.to_thread(count_oom_kills)
-            end = await self._run_process(kills_before)
+            end = await self._run_process()
         except OSError as error:
             reason = f"could not be started: {error}"
             end = WorkerExit(kind=ExitKind.FAILED, reason=reason, returncode=None)
@@ -173,7 +193,7 @@ class Worker:
             self._mailboxes.clear()
         return end
 
-    async def _run_process(self, kills_before: int | None) -> WorkerExit:
+    async def _run_process(self) -> WorkerExit:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -188,7 +208,7 @@ class Worker:
                     # A Ctrl-C in the terminal is for the daemon, which then stops its workers.
                     start_new_session=True,
                     # What the user has set wins.
-                    env=(WORKER_ENV if self._load.devices else CPU_WORKER_ENV) | os.environ,
+                    env=(WORKER_ENV if self.uses_gpu else CPU_WORKER_ENV) | os.environ,
                 )
         except BaseException:
             ours.close()
@@ -204,7 +224,7 @@ class Worker:
             else:
                 ours.close()
         kills_after = await asyncio.to_thread(count_oom_kills)
-        return self._classify(returncode, kills_before, kills_after)
+        return self._classify(returncode, kills_after)
 
     async def _live(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader
@@ -228,15 +248,13 @@ class Worker:
             for task in (channel, output, watch, ladder):
                 task.cancel()
 
-    def _classify(
-        self, returncode: int, kills_before: int | None, kills_after: int | None
-    ) -> WorkerExit:
+    def _classify(self, returncode: int, kills_after: int | None) -> WorkerExit:
         if self._ending is not None:
             kind, reason = self._ending.kind, self._ending.reason
             return WorkerExit(kind=kind, reason=reason, returncode=returncode)
         n_kills = None
-        if kills_before is not None and kills_after is not None:
-            n_kills = kills_after - kills_before
+        if self._kills_before is not None and kills_after is not None:
+            n_kills = kills_after - self._kills_before
         return classify_exit(returncode, last_lines=tuple(self._lines), n_oom_kills=n_kills)
 
     # --- its end --------------------------------------------------------------------------
@@ -247,6 +265,9 @@ class Worker:
         self._stop_wanted.set()
 
     async def _watch(self) -> None:
+        await self._given.wait()
+        # Not before: those while it was a spare one are no reason of its end.
+        self._kills_before = await asyncio.to_thread(count_oom_kills)
         await self._watch_load()
         await self._watch_silence()
 
@@ -316,13 +337,15 @@ class Worker:
                 self._on_hello(message)
             case Loading():
                 self.load_fraction = message.fraction
-            case Ready():
+            case Ready() if self._task is not None:
                 self._loaded.set()
                 self.load_fraction = 1.0
-                self._on_ready(message)
-            case LoadFailed():
+                self._task.on_ready(message)
+            case LoadFailed() if self._task is not None:
                 self._loaded.set()
-                self._on_load_failed(message)
+                self._task.on_load_failed(message)
+            case Ready() | LoadFailed():
+                self._end(ExitKind.PROTOCOL, "told of a model that it was not given")
             case Stats():
                 self.stats = message
             case PrefixNews():
@@ -338,7 +361,9 @@ class Worker:
             )
             self._end(ExitKind.PROTOCOL, reason)
             return
-        self.send(self._load)
+        self._greeted = True
+        if self._task is not None:
+            self.send(self._task.load)
 
     def _on_prefix_news(self, news: PrefixNews) -> None:
         log = self._log.warning if news.kind == "discarded" else self._log.info
@@ -349,7 +374,8 @@ class Worker:
             took_s=round(news.took_s, 3),
             reason=news.reason,
         )
-        self._on_prefix(news)
+        if self._task is not None:
+            self._task.on_prefix(news)
 
     def _deliver(self, mail: Mail) -> None:
         """Put mail in its request's box; what comes for a request that has left is dropped."""

@@ -156,7 +156,7 @@ async def _serve(
             background = [
                 tasks.create_task(fresh.watch()),
                 tasks.create_task(services.metrics.follow(scheduler)),
-                tasks.create_task(_look_around(machine)),
+                tasks.create_task(_look_around(machine, scheduler)),
             ]
             await _run(services, sockets, tls, announce)
             for task in background:
@@ -212,10 +212,12 @@ def _probe(machine: Machine, speeds: Speeds) -> Hardware:
     return machine.probe()
 
 
-async def _look_around(machine: Machine) -> None:
+async def _look_around(machine: Machine, scheduler: Scheduler) -> None:
     """Probe once, so that the first request finds caches warm and the log names idle cards."""
     try:
-        report_hardware(await asyncio.to_thread(machine.probe))
+        hardware = await asyncio.to_thread(machine.probe)
+        report_hardware(hardware)
+        scheduler.prepare(hardware)
     except Exception as error:  # noqa: BLE001 - requests probe again, and tell their clients
         _log.error("probe_failed", exc_info=error)
 

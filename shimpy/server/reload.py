@@ -49,6 +49,7 @@ LIVE = frozenset(
         "replan_interval",
         "reserve_ram",
         "reserve_vram",
+        "spare_worker",
         "tls_cert",
         "tls_key",
     }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
 import msgspec
+import psutil
 import pytest
 
 from tests.daemon import Daemon, running_daemon
@@ -104,14 +105,19 @@ def test_a_port_in_use_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
 
 
 def test_no_worker_outlives_a_killed_daemon(folder: Path, tmp_path: Path) -> None:
+    """Neither one with a model nor the spare one."""
     with running_daemon(tmp_path, folder) as daemon, _client(daemon) as client:
         client.post("/api/generate", json={"model": "chain"})
         (resident,) = client.get("/api/ps").json()["models"]
-        worker = os.pidfd_open(resident["pid"])
+        process = psutil.Process(daemon.process.pid)
+        until_s = time.monotonic() + _TIMEOUT_S
+        while len(workers := process.children(recursive=True)) < 2:
+            assert time.monotonic() < until_s, "there is no spare worker"
+            time.sleep(0.05)
+        assert resident["pid"] in {worker.pid for worker in workers}
         daemon.process.kill()
         daemon.process.wait()
-        assert select.select([worker], [], [], _TIMEOUT_S)[0]
-        os.close(worker)
+        assert psutil.wait_procs(workers, _TIMEOUT_S)[1] == []
 
 
 def _client(daemon: Daemon) -> httpx.Client:
