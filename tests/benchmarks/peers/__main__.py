@@ -1,0 +1,173 @@
+"""Measure shimpy beside its peers: `python -m tests.benchmarks.peers`.
+
+Everything is on this machine and bounded in time. The table goes to stdout, what happens
+meanwhile to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.peers import report
+from tests.benchmarks.peers.contenders import BareLoop, Contender, is_installed, start
+from tests.benchmarks.peers.models import setup_of
+from tests.benchmarks.peers.scenarios import ALL, Scenario, all_scenarios, warm_up
+from tests.benchmarks.peers.systems import SYSTEMS, Place, System
+
+Result = dict[str, Any]
+
+
+def main() -> None:
+    """Parse the command line, measure, print the table."""
+    arguments = _parse()
+    place = Place(arguments.folder, arguments.peers_python, arguments.threads)
+    absent = [name for name in ALL if not is_installed(name, place.peers_python)]
+    for name in absent:
+        _say(f"{name} is left out: {place.peers_python} can't import it")
+    present = [name for name in ALL if name not in {*absent, *arguments.without}]
+    everything: list[Scenario | System] = [*all_scenarios(), *SYSTEMS]
+    chosen = [one for one in everything if _is_chosen(one, arguments)]
+    if arguments.list:
+        print("\n".join(one.name for one in chosen))
+        return
+    measure = _Measure(place, present, rounds=arguments.rounds, budget_s=arguments.budget)
+    for _, group in itertools.groupby(chosen, key=lambda one: getattr(one, "model", None)):
+        measure.group(list(group))
+    machine = report.machine_of(place.peers_python)
+    machine["threads"] = str(place.n_threads)
+    print("; ".join(f"{key}: {value}" for key, value in machine.items()) + "\n")
+    print(report.table(measure.results))
+    if arguments.json:
+        report.save(arguments.json, machine, measure.results)
+    if arguments.plots:
+        report.plot(arguments.plots, measure.results)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.peers", description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="names that hold it")
+    parser.add_argument("--without", nargs="*", default=[], choices=ALL, help="contenders")
+    parser.add_argument("--quick", action="store_true", help="fewer kinds of work")
+    parser.add_argument("--list", action="store_true", help="print the names of the scenarios")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--budget", type=float, default=240, metavar="S", help="no new round of a scenario after"
+    )
+    parser.add_argument(
+        "--peers-python", default=sys.executable, metavar="PATH", help="has the extra `peers`"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "shimpy-peers",
+        help="where the models are written, once",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="needs matplotlib")
+    return parser.parse_args()
+
+
+def _is_chosen(one: Scenario | System, arguments: argparse.Namespace) -> bool:
+    if arguments.quick and not one.is_quick:
+        return False
+    return not arguments.only or any(text in one.name for text in arguments.only)
+
+
+class _Measure:
+    """Runs the rounds and keeps what they gave."""
+
+    def __init__(
+        self, place: Place, present: Sequence[str], *, rounds: int, budget_s: float
+    ) -> None:
+        self._place = place
+        self._present = present
+        self._rounds = rounds
+        self._budget_s = budget_s
+        self.results: dict[str, Result] = {}
+
+    def group(self, group: Sequence[Scenario | System]) -> None:
+        """Measure scenarios of one model, with all contenders started; or whole programs."""
+        scenarios = [one for one in group if isinstance(one, Scenario)]
+        if scenarios:
+            with self._started(scenarios[0].model, scenarios) as contenders:
+                for scenario in scenarios:
+                    self._run(scenario, contenders)
+        for system in group:
+            if isinstance(system, System):
+                self._run_system(system)
+
+    @contextlib.contextmanager
+    def _started(self, model: str, scenarios: Sequence[Scenario]) -> Iterator[dict[str, Contender]]:
+        setup = setup_of(model, self._place.folder, self._place.n_threads)
+        needed = {name for one in scenarios for name in one.contenders}
+        with contextlib.ExitStack() as stack:
+            contenders: dict[str, Contender] = {}
+            for name in self._present:
+                # The bare loop also makes the prompts.
+                if name in needed or (name == "bare" and not setup.embeds):
+                    _say(f"{model}: {name} starts")
+                    contender = stack.enter_context(start(name, setup, self._place.peers_python))
+                    asyncio.run(warm_up(contender, embeds=setup.embeds))
+                    contenders[name] = contender
+            yield contenders
+
+    def _run(self, scenario: Scenario, contenders: dict[str, Contender]) -> None:
+        bare = contenders.get("bare")
+
+        def make_prompts(n_prompts: int, n_tokens: int, seed: int) -> list[str]:
+            assert isinstance(bare, BareLoop)
+            found: list[str] = bare.ask(
+                do="make_prompts", n_prompts=n_prompts, n_tokens=n_tokens, seed=seed
+            )
+            return found
+
+        def measure(name: str, index: int) -> dict[str, float]:
+            # No two scenarios and no two rounds share a prompt, which a cache would have.
+            seed = zlib.crc32(f"{scenario.name} {index}".encode())
+            return asyncio.run(scenario.run(contenders[name], make_prompts, seed))
+
+        names = [name for name in scenario.contenders if name in contenders]
+        self._rounds_of(scenario, names, measure)
+
+    def _run_system(self, system: System) -> None:
+        names = [name for name in system.contenders if name in self._present]
+        self._rounds_of(system, names, lambda name, _: system.run(name, self._place))
+
+    def _rounds_of(self, one: Scenario | System, names: Sequence[str], measure: Any) -> None:
+        rounds: list[dict[str, dict[str, float]]] = []
+        started_s = time.monotonic()
+        for index in range(self._rounds):
+            if time.monotonic() - started_s > self._budget_s:
+                _say(f"{one.name}: {index} rounds in {self._budget_s:.0f} s are all")
+                break
+            found = {}
+            # Each is the first one now and then: a warm cache helps whoever comes later.
+            turn = index % len(names) if names else 0
+            for name in [*names[turn:], *names[:turn]]:
+                found[name] = measure(name, index)
+                _say(f"{one.name} [{index}] {name}: {_short(found[name])}")
+            rounds.append(found)
+        self.results[one.name] = {"headline": list(one.headline), "rounds": rounds}
+
+
+def _short(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""A client light enough not to slow what it measures: OpenAI's streams, timed as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+_PATIENCE = aiohttp.ClientTimeout(total=280)
+_EVENT = b"data: "
+
+
+@dataclass(slots=True)
+class Stream:
+    """When the events of one streamed answer came, in seconds since `started_s`."""
+
+    started_s: float
+    n_predict: int
+    arrivals_s: list[float] = field(default_factory=list)
+    end_s: float = 0.0
+    n_events: int = 0
+    # Of the servers that tell.
+    usage: dict[str, Any] | None = None
+
+    @property
+    def first_s(self) -> float:
+        return self.arrivals_s[0]
+
+
+def connect() -> aiohttp.ClientSession:
+    """Return a client; each request has a connection of its own, which some servers close."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(timeout=_PATIENCE, connector=connector)
+
+
+async def stream(
+    http: aiohttp.ClientSession,
+    url: str,
+    body: dict[str, Any],
+    *,
+    request_id: str = "",
+    began: asyncio.Event | None = None,
+    began_after: int = 1,
+) -> Stream:
+    """Read one streamed answer to its end; `began` is set after `began_after` events."""
+    found = Stream(time.perf_counter(), body["max_tokens"])
+    headers = {"X-Request-Id": request_id} if request_id else {}
+    async with http.post(url, json=body, headers=headers) as answer:
+        if answer.status != 200:
+            raise RuntimeError(f"{url}: {answer.status} {await answer.text()}")
+        async for data in answer.content.iter_any():
+            now_s = time.perf_counter() - found.started_s
+            n = data.count(_EVENT)
+            # What says that the stream ends is no text.
+            n -= b"[DONE]" in data
+            if n > 0:
+                found.arrivals_s.append(now_s)
+                found.n_events += n
+            if began is not None and found.n_events >= began_after:
+                began.set()
+            if b'"usage":{' in data:
+                found.usage = _usage(data)
+            if b'"error"' in data:
+                raise RuntimeError(f"{url}: {data!r}")
+    found.end_s = time.perf_counter() - found.started_s
+    # A refusal or a broken answer is quick: it must not count as one.
+    if found.n_events < found.n_predict // 2:
+        raise RuntimeError(f"{url}: {found.n_events} events of {found.n_predict} tokens")
+    return found
+
+
+def _usage(data: bytes) -> dict[str, Any] | None:
+    for line in data.splitlines():
+        if line.startswith(_EVENT) and b'"usage":{' in line:
+            usage: dict[str, Any] = json.loads(line[len(_EVENT) :])["usage"]
+            return usage
+    return None
+
+
+async def post(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[float, Any]:
+    """Return the seconds that an answer took, and the answer."""
+    started_s = time.perf_counter()
+    async with http.post(url, json=body) as answer:
+        data = await answer.json()
+        took_s = time.perf_counter() - started_s
+        if answer.status != 200:
+            raise RuntimeError(f"{url}: {answer.status} {data}")
+    return took_s, data
+
+
+def speeds(
+    first_s: Sequence[float], end_s: Sequence[float], n_prompt: int, n_predict: int
+) -> dict[str, float]:
+    """Return what is compared of answers that were asked for at once.
+
+    tok_per_s: generated tokens by the time of the whole; prefill_per_s: prompt tokens by the
+    time to the last first token; decode_per_s: tokens after the first by the mean time for them.
+    """
+    n = len(first_s)
+    decode_s = statistics.mean(end_s) - statistics.mean(first_s)
+    return {
+        "tok_per_s": n * n_predict / max(end_s),
+        "prefill_per_s": n * n_prompt / max(first_s),
+        "decode_per_s": n * (n_predict - 1) / decode_s,
+        "ttft_ms": 1000 * statistics.mean(first_s),
+        "ttft_max_ms": 1000 * max(first_s),
+    }
+
+
+def longest_gap_s(found: Stream, since_s: float) -> float:
+    """Return the longest time without an event that ended after `since_s` (of its clock)."""
+    times = found.arrivals_s
+    gaps = [later - sooner for sooner, later in itertools.pairwise(times) if later > since_s]
+    return max(gaps, default=0.0)

@@ -1,0 +1,323 @@
+"""What is measured of each contender, one function a kind of work; all times are of the client.
+
+A scenario is run once for each contender in each round, with the prompts of that round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.peers import client
+from tests.benchmarks.peers.contenders import BareLoop, Contender, Server, cpu_s
+
+Metrics = dict[str, float]
+# Makes prompts: how many, of how many tokens, from which seed.
+MakePrompts = Callable[[int, int, int], list[str]]
+
+ALL = ("bare", "shimpy", "xllamacpp", "llama_cpp.server")
+SERVERS = ALL[1:]
+_SHORT_TEXTS = 64
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "maxLength": 40},
+        "summary": {"type": "string", "maxLength": 120},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 6},
+        "score": {"type": "integer", "minimum": 0, "maximum": 100},
+    },
+    "required": ["title", "summary", "tags", "score"],
+    "additionalProperties": False,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One kind of work on one model."""
+
+    name: str
+    model: str
+    contenders: tuple[str, ...]
+    # Numbers whose ratios are shown first.
+    headline: tuple[str, ...]
+    run: Callable[[Contender, MakePrompts, int], Coroutine[Any, Any, Metrics]]
+    # Part of `--quick`.
+    is_quick: bool = False
+
+
+def streams(
+    model: str, n_prompt: int, n_streams: int, *, n_predict: int = 64, is_quick: bool = False
+) -> Scenario:
+    """So many prompts at once, each answered with `n_predict` tokens."""
+
+    async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
+        prompts = make_prompts(n_streams, n_prompt, seed)
+        before_s = cpu_s(contender.process, with_children=True)
+        metrics = await _answer_all(contender, prompts, n_prompt, n_predict)
+        took_s = cpu_s(contender.process, with_children=True) - before_s
+        return metrics | {"cpu_ms_per_token": 1000 * took_s / (n_streams * n_predict)}
+
+    return Scenario(
+        name=f"{model}: {n_prompt} tokens, {n_streams} streams",
+        model=model,
+        contenders=ALL,
+        headline=("tok_per_s", "decode_per_s", "prefill_per_s", "ttft_ms", "cpu_ms_per_token"),
+        run=run,
+        is_quick=is_quick,
+    )
+
+
+def shared_prefix(model: str, n_prefix: int, n_streams: int) -> Scenario:
+    """One long beginning, many ends, all asked at once."""
+
+    async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
+        beginning = make_prompts(1, n_prefix, seed)[0]
+        prompts = [f"{beginning} {index} and so on" for index in range(n_streams)]
+        return await _answer_all(contender, prompts, n_prefix, 32)
+
+    return Scenario(
+        name=f"{model}: {n_streams} streams share {n_prefix} tokens",
+        model=model,
+        contenders=SERVERS,
+        headline=("tok_per_s", "ttft_ms", "n_computed"),
+        run=run,
+    )
+
+
+def arrival(model: str, n_prompt: int) -> Scenario:
+    """A long prompt arrives beside a streamed answer: how long does that one stand still?"""
+
+    async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
+        assert isinstance(contender, Server)
+        short, long = make_prompts(1, 32, seed), make_prompts(1, n_prompt, seed + 1)
+        url = f"{contender.url}/v1/completions"
+        began = asyncio.Event()
+        async with client.connect() as http, asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(
+                client.stream(
+                    http, url, _body(contender, short[0], 160), began=began, began_after=16
+                )
+            )
+            await began.wait()
+            arrived_s = time.perf_counter()
+            late = tasks.create_task(client.stream(http, url, _body(contender, long[0], 16)))
+        stream = running.result()
+        since_s = arrived_s - stream.started_s
+        return {
+            "stall_ms": 1000 * client.longest_gap_s(stream, since_s),
+            "ttft_ms": 1000 * late.result().first_s,
+        }
+
+    return Scenario(
+        name=f"{model}: {n_prompt} tokens arrive beside a stream",
+        model=model,
+        contenders=SERVERS,
+        headline=("stall_ms", "ttft_ms"),
+        run=run,
+        is_quick=True,
+    )
+
+
+def overhead(model: str, n_streams: int) -> Scenario:
+    """What the daemon adds to what the worker takes: to a first token, and in CPU to each."""
+
+    async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
+        assert isinstance(contender, Server)
+        assert contender.log is not None
+        n_predict = 64
+        prompts = make_prompts(n_streams, 32, seed)
+        url = f"{contender.url}/v1/completions"
+        ids = [f"overhead-{seed}-{index}" for index in range(n_streams)]
+        before_s = cpu_s(contender.process, with_children=False)
+        async with client.connect() as http:
+            found = await asyncio.gather(
+                *(
+                    client.stream(
+                        http,
+                        url,
+                        _body(contender, prompt, n_predict),
+                        headers={"X-Request-Id": request},
+                    )
+                    for prompt, request in zip(prompts, ids, strict=True)
+                )
+            )
+        took_s = cpu_s(contender.process, with_children=False) - before_s
+        lines = _log_lines(contender.log)
+        added = [
+            one.first_s - lines[request]["queue_s"] - lines[request]["prefill_s"]
+            for one, request in zip(found, ids, strict=True)
+        ]
+        return {
+            "added_ttft_ms": 1000 * statistics.median(added),
+            "daemon_cpu_ms_per_token": 1000 * took_s / (n_streams * n_predict),
+        }
+
+    return Scenario(
+        name=f"{model}: what the daemon adds at {n_streams} streams",
+        model=model,
+        contenders=("shimpy",),
+        headline=("added_ttft_ms", "daemon_cpu_ms_per_token"),
+        run=run,
+        is_quick=True,
+    )
+
+
+def schema(model: str) -> Scenario:
+    """JSON by a schema beside free text of as many tokens, one request at a time."""
+
+    async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
+        assert isinstance(contender, Server)
+        url = f"{contender.url}/v1/chat/completions"
+        n_predict = 96
+        wanted: dict[str, Any] = {"type": "json_object", "schema": _SCHEMA}
+        if contender.name != "llama_cpp.server":
+            wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": _SCHEMA}}
+
+        def body(text: str) -> dict[str, Any]:
+            message = {"role": "user", "content": text}
+            asked = {"model": contender.model, "messages": [message], "temperature": 0}
+            return {**asked, "max_tokens": n_predict}
+
+        async with client.connect() as http:
+            described = body(f"Describe the number {seed} as JSON.")
+            made_s, made = await client.post(http, url, {**described, "response_format": wanted})
+            free_s, free = await client.post(http, url, body(f"Tell me of {seed} at length."))
+        n = made["usage"]["completion_tokens"]
+        n_free = free["usage"]["completion_tokens"]
+        return {
+            "schema_ms_per_token": 1000 * made_s / n,
+            "free_ms_per_token": 1000 * free_s / n_free,
+            "schema_by_free": (made_s / n) / (free_s / n_free),
+        }
+
+    return Scenario(
+        name=f"{model}: JSON by a schema",
+        model=model,
+        contenders=SERVERS,
+        headline=("schema_ms_per_token", "schema_by_free"),
+        run=run,
+        is_quick=True,
+    )
+
+
+def embeddings(model: str) -> Scenario:
+    """Sixty-four short texts in one request."""
+
+    async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
+        assert isinstance(contender, Server)
+        texts = [f"{'a short text ' * (1 + i % 5)}number {seed} {i}" for i in range(_SHORT_TEXTS)]
+        body = {"model": contender.model, "input": texts}
+        async with client.connect() as http:
+            took_s, answer = await client.post(http, f"{contender.url}/v1/embeddings", body)
+        assert len(answer["data"]) == _SHORT_TEXTS
+        return {"texts_per_s": _SHORT_TEXTS / took_s, "took_ms": 1000 * took_s}
+
+    return Scenario(
+        name=f"{model}: embeddings of {_SHORT_TEXTS} short texts",
+        model=model,
+        contenders=SERVERS,
+        headline=("texts_per_s",),
+        run=run,
+        is_quick=True,
+    )
+
+
+async def warm_up(contender: Contender, *, embeds: bool) -> None:
+    """Let a contender load its model and meet its first request."""
+    if isinstance(contender, BareLoop):
+        contender.ask(do="generate", prompts=["Once upon a time"], n_predict=4)
+        return
+    async with client.connect() as http:
+        if embeds:
+            body: dict[str, Any] = {"model": contender.model, "input": ["one", "two"]}
+            await client.post(http, f"{contender.url}/v1/embeddings", body)
+            return
+        body = _body(contender, "Once upon a time", 4) | {"stream": False}
+        await client.post(http, f"{contender.url}/v1/completions", body)
+
+
+async def _answer_all(
+    contender: Contender, prompts: Sequence[str], n_prompt: int, n_predict: int
+) -> Metrics:
+    if isinstance(contender, BareLoop):
+        job = {"do": "generate", "prompts": list(prompts), "n_predict": n_predict}
+        took = await asyncio.to_thread(contender.ask, **job)
+        return client.speeds(took["first_s"], took["end_s"], n_prompt, n_predict)
+    url = f"{contender.url}/v1/completions"
+    async with client.connect() as http:
+        found = await asyncio.gather(
+            *(client.stream(http, url, _body(contender, prompt, n_predict)) for prompt in prompts)
+        )
+    metrics = client.speeds(
+        [one.first_s for one in found], [one.end_s for one in found], n_prompt, n_predict
+    )
+    usages = [one.usage for one in found if one.usage]
+    if len(usages) == len(found):
+        cached = [
+            usage.get("prompt_tokens_details", {}).get("cached_tokens", 0) for usage in usages
+        ]
+        metrics["n_computed"] = sum(u["prompt_tokens"] for u in usages) - sum(cached)
+        assert all(u["completion_tokens"] == n_predict for u in usages), usages
+    return metrics
+
+
+def _body(server: Server, prompt: str, n_predict: int) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": n_predict,
+        "temperature": 0,
+        "stream": True,
+    }
+    if server.name != "llama_cpp.server":
+        body["stream_options"] = {"include_usage": True}
+    return body
+
+
+def _log_lines(log: Path) -> dict[str, dict[str, Any]]:
+    """Return the daemon's canonical lines by request."""
+    found = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if line.startswith("{"):
+            fields = json.loads(line)
+            if fields.get("event") == "request":
+                found[fields["request"]] = fields
+    return found
+
+
+def all_scenarios() -> list[Scenario]:
+    """Return everything that is measured of running servers."""
+    return [
+        streams("dense-200m", 32, 1, n_predict=128, is_quick=True),
+        streams("dense-200m", 32, 4),
+        streams("dense-200m", 32, 8, is_quick=True),
+        streams("dense-200m", 32, 16),
+        streams("dense-200m", 256, 1, is_quick=True),
+        streams("dense-200m", 256, 4),
+        streams("dense-200m", 256, 8, is_quick=True),
+        streams("dense-200m", 2000, 1, n_predict=32),
+        streams("dense-200m", 2000, 4, n_predict=32),
+        shared_prefix("dense-200m", 2000, 8),
+        arrival("dense-200m", 1500),
+        overhead("dense-200m", 8),
+        schema("dense-200m"),
+        streams("moe-300m", 32, 1, n_predict=128),
+        streams("moe-300m", 32, 8),
+        streams("moe-300m", 256, 1),
+        streams("moe-300m", 256, 8),
+        streams("moe-300m", 2000, 1, n_predict=32),
+        arrival("moe-300m", 1500),
+        streams("demo", 32, 1, n_predict=128),
+        streams("demo", 32, 8, n_predict=128),
+        overhead("demo", 8),
+        schema("demo"),
+        streams("deepseek-8b", 32, 1, n_predict=16),
+        streams("deepseek-8b", 256, 4, n_predict=16),
+        embeddings("bert"),
+    ]
