@@ -71,6 +71,7 @@ class Batcher:
         self._running: list[Sequence] = []
         self._full: list[Sequence] = []
         self._n_submitted = 0
+        self._is_read = True
         # The head of the queue did not fit; nothing has left since.
         self._is_blocked = False
 
@@ -105,7 +106,10 @@ class Batcher:
 
     def on_decoded(self, batch: Batch, elapsed_s: float) -> None:
         """Note that a batch is in the KV cache, and how long it took."""
-        if batch.n_prefill:
+        # A GPU computes on until logits are read: a time is whole where the batch before and this
+        # one gave some.
+        was_read, self._is_read = self._is_read, any(chunk.wants_logits for chunk in batch.chunks)
+        if batch.n_prefill and was_read and self._is_read:
             self._pace.on_batch(batch.n_prefill, elapsed_s)
         grow = self._slots.cells.grow
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):

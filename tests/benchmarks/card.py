@@ -179,10 +179,10 @@ def random_prompts(n: int, seed: int, n_vocab: int = 100_000) -> list[list[int]]
 def speed_of(url: str, make_body: Any, rounds: int, label: str) -> list[Any]:
     """Print and return the medians over the rounds for each number of streams."""
     rows = []
-    asyncio.run(run_streams(url, [make_body(p) for p in random_prompts(2, 1)]))
+    asyncio.run(run_streams(url, [make_body(p) for p in random_prompts(2, 0)]))
     for n in STREAMS:
         results = [
-            asyncio.run(run_streams(url, [make_body(p) for p in random_prompts(n, 7 * r + n)]))
+            asyncio.run(run_streams(url, [make_body(p) for p in random_prompts(n, 100 * (r + 1) + n)]))
             for r in range(rounds)
         ]
         rate = statistics.median(r for r, _ in results)

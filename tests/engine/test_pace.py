@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shimpy.engine.pace import MAX_SLOWDOWN, MIN_CHUNK, STALL_S, Pace
+from shimpy.engine.pace import MIN_CHUNK, STALL_S, Pace
 
 
-def settle(seconds: Callable[[int], float], *, n_most: int = 2048, alone: int = 0) -> list[int]:
+def settle(
+    seconds: Callable[[int], float], *, n_most: int = 2048, before: tuple[int, ...] = ()
+) -> list[int]:
     """The sizes of 40 chunks on a machine that takes seconds(n) for n tokens."""
     pace = Pace(n_most)
-    if alone:
-        pace.on_batch(alone, seconds(alone))
+    for n in before:
+        pace.on_batch(n, seconds(n))
     sizes = []
     for _ in range(40):
         sizes.append(pace.chunk)
@@ -23,23 +25,34 @@ def settle(seconds: Callable[[int], float], *, n_most: int = 2048, alone: int = 
     return sizes
 
 
-@pytest.mark.parametrize("alone", [0, 512, 2048])
-def test_on_a_slow_machine_chunks_stay_short(alone: int) -> None:
-    """Two cores and a 200M model: 650 tokens a second."""
-    assert set(settle(lambda n: n / 650, alone=alone)) == {MIN_CHUNK}
+@pytest.mark.parametrize("before", [(), (64,), (512,), (64, 512, 2048)])
+def test_on_a_slow_machine_chunks_stay_short(before: tuple[int, ...]) -> None:
+    """Two cores and a 200M model: 128 tokens in 0.25 s, 256 in 0.44 s."""
+    assert set(settle(lambda n: 0.06 + n * 0.0015, before=before)) == {MIN_CHUNK}
 
 
 def test_on_a_gpu_they_grow_to_what_the_stall_allows() -> None:
-    """Doubled once too often now and then, when the bad mark has faded."""
-    sizes = settle(lambda n: 0.008 + n * 0.00008)
-    assert sizes[:4] == [128, 512, 1024, 1024]
-    assert set(sizes[3:]) == {1024}
+    assert set(settle(lambda n: 0.008 + n * 0.00008, before=(512,))) == {1024}
 
 
-def test_where_the_cost_is_the_same_for_any_length_they_are_long() -> None:
-    """Experts in RAM are copied to the GPU for each batch, however short."""
-    for alone in (512, 2048):
-        assert settle(lambda n: 0.17 + n * 0.000032, alone=alone)[2:] == [2048] * 38
+# DeepSeek-MoE-16B with its experts in page-locked RAM, on an H200 (docs/performance.md): an
+# affine cost, and one that rises less steeply for long batches.
+@pytest.mark.parametrize(
+    "seconds", [lambda n: 0.107 + n * 0.0000625, lambda n: 0.03 + 0.0053 * n**0.5]
+)
+@pytest.mark.parametrize("before", [(512,), (512, 2048), (64, 256)])
+def test_where_most_of_the_cost_is_the_batchs_own_they_are_long(
+    seconds: Callable[[int], float], before: tuple[int, ...]
+) -> None:
+    assert settle(seconds, before=before)[3:] == [2048] * 37
+
+
+def test_one_slow_batch_is_forgotten_with_the_next() -> None:
+    """The first one on a GPU also loads the kernels."""
+    pace = Pace(2048)
+    for n, seconds in ((512, 0.9), (128, 0.115), (512, 0.139)):
+        pace.on_batch(n, seconds)
+    assert pace.chunk == 2048
 
 
 def test_they_are_never_longer_than_a_batch() -> None:
@@ -49,26 +62,27 @@ def test_they_are_never_longer_than_a_batch() -> None:
 
 def test_a_part_of_a_chunk_says_nothing() -> None:
     pace = Pace(2048)
-    for n in (1, 60, 100, 140, 200):
+    for n in (1, 50, 100, 140, 200):
         pace.on_batch(n, 0.0)
     assert pace.chunk == MIN_CHUNK
 
 
 def test_a_machine_that_was_slow_for_a_while_is_tried_again() -> None:
     pace = Pace(2048)
-    pace.on_batch(256, 0.13)
+    pace.on_batch(MIN_CHUNK, 0.04)
+    pace.on_batch(256, 0.3)
     n_batches = 0
     while pace.chunk == MIN_CHUNK:
-        pace.on_batch(MIN_CHUNK, 0.02)
+        pace.on_batch(MIN_CHUNK, 0.04)
         n_batches += 1
-        assert n_batches < 100
+        assert n_batches < 1000
     assert n_batches > 20
 
 
 @given(st.floats(0, 0.3), st.floats(0.00001, 0.01))
 def test_a_stream_seldom_waits_longer_than_it_should(fixed_s: float, token_s: float) -> None:
-    """All but what is tried once in a while stays within the limit."""
+    """No longer than STALL_S, or than four times what any batch takes."""
     sizes = settle(lambda n: fixed_s + token_s * n)[8:]
-    limit_s = max(STALL_S, MAX_SLOWDOWN * (fixed_s + token_s * MIN_CHUNK))
+    limit_s = max(STALL_S, 4 * fixed_s)
     too_long = [n for n in sizes if n > MIN_CHUNK and fixed_s + token_s * n > limit_s * 1.01]
     assert len(too_long) <= len(sizes) / 8
