@@ -8,7 +8,7 @@ micro-batch; each is varied alone, from what the planner would take.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -16,11 +16,14 @@ from shimpy.errors import DoesNotFitError, UserError
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.defaults import N_UBATCH
 from shimpy.placement.hardware import Hardware
-from shimpy.placement.measured import Planner, Spot, spot_of
-from shimpy.placement.placement import CpuMoe, Placement, PlanOptions, Rung
+from shimpy.placement.measured import Spot, spot_of
+from shimpy.placement.placement import CpuMoe, Placement, Plan, PlanOptions, Rung
 from shimpy.placement.reasons import describe_layout, missing_bytes
 from shimpy.placement.search import PLAIN_KV
 from shimpy.scheduler.policy import GPU_MODE_THREADS
+
+# Plans the model in question.
+ModelPlanner = Callable[[Hardware, PlanOptions], Plan]
 
 _CPU_UBATCHES: Final = (128, 2048)
 _QUARTERS: Final = 4
@@ -71,13 +74,14 @@ def limit_vram(hardware: Hardware, budget_bytes: int | None) -> Hardware:
 
 
 def select_candidates(
-    planner: Planner,
-    shape: ModelShape,
+    planner: ModelPlanner,
     hardware: Hardware,
     options: PlanOptions,
     wanted: Wanted,
+    *,
+    shape: ModelShape,
 ) -> Selection:
-    """Return what to measure, the least in RAM first.
+    """Return what to measure, the least in RAM first; `planner` plans the model of that shape.
 
     Raises:
         DoesNotFitError: nothing fits.
@@ -88,11 +92,11 @@ def select_candidates(
         raise UserError("there is no GPU here: --n-cpu-moe and --n-gpu-layers change nothing")
     if wanted.n_cpu_moe and not shape.is_moe:
         raise UserError("the model has no experts: --n-cpu-moe changes nothing")
-    plan = planner(shape, hardware, options)
+    plan = planner(hardware, options)
     rungs: list[Rung] = []
     left_out: list[str] = []
     for wish in _wishes(shape, options, wanted):
-        rung = _rung(planner, shape, hardware, wish)
+        rung = _rung(planner, hardware, wish)
         if rung.fits:
             rungs.append(rung)
         elif wanted.n_cpu_moe or wanted.n_gpu_layers:
@@ -105,7 +109,7 @@ def select_candidates(
     if not hardware.gpus:
         (base,) = candidates
         variants = _cpu_variants(base, options, every=wanted.every)
-        planned = [(label, _rung(planner, shape, hardware, wish)) for label, wish in variants]
+        planned = [(label, _rung(planner, hardware, wish)) for label, wish in variants]
         candidates = [_named_on_cpu(base)]
         candidates += [
             replace(base, label=label, rung=rung) for label, rung in planned if rung.fits
@@ -146,8 +150,8 @@ def _quarters(count: int) -> list[int]:
     return sorted({round(count * part / _QUARTERS) for part in range(_QUARTERS + 1)})
 
 
-def _rung(planner: Planner, shape: ModelShape, hardware: Hardware, options: PlanOptions) -> Rung:
-    plan = planner(shape, hardware, options)
+def _rung(planner: ModelPlanner, hardware: Hardware, options: PlanOptions) -> Rung:
+    plan = planner(hardware, options)
     return plan.chosen or min(plan.ladder, key=missing_bytes)
 
 

@@ -52,8 +52,8 @@ def placement_rows(report: Report) -> list[tuple[str, ...]]:
 def placement_headers(report: Report) -> tuple[str, ...]:
     """Return the headers of `placement_rows`; times to first text are in ms."""
     counts = report.effort.counts
-    firsts = tuple(f"TTFT {n} ms" for n in counts)
-    return NEEDS + firsts + tuple(f"{n} STREAMS tok/s" for n in counts if n > 1)
+    firsts = tuple(f"TTFT@{n} ms" for n in counts)
+    return NEEDS + firsts + tuple(f"ALL@{n} tok/s" for n in counts if n > 1)
 
 
 MEMORY_HEADERS = (

@@ -147,8 +147,8 @@ def command(
     from shimpy.config import load_config
     from shimpy.errors import WorkerError
     from shimpy.logs import setup_logging
-    from shimpy.placement.planner import plan_model
     from shimpy.placement.speeds import machine_name
+    from shimpy.scheduler.simulations import FILE_NAME, Simulations
     from shimpy.scheduler.worker import Deadlines
 
     if plot_file is not None:
@@ -172,7 +172,9 @@ def command(
         n_threads=threads,
         usual_threads=config.n_threads,
     )
-    selection = select_candidates(plan_model, found.shape, hardware, options, wanted)
+    # No speeds: what was measured before is measured again.
+    exactly = partial(Simulations(config.state_dir / FILE_NAME).plan_exactly, found)
+    selection = select_candidates(exactly, hardware, options, wanted, shape=found.shape)
     bench = Bench(
         model=found,
         effort=effort,

@@ -267,9 +267,18 @@ def _praise(shape: ModelShape, taken: _Candidate, found: Sequence[_Candidate]) -
 def _speed_text(shape: ModelShape, candidate: _Candidate) -> str:
     vram = sum(device.total_bytes for device in candidate.rung.devices)
     size = f", {format_bytes(vram)}" if vram else ""
-    layout = describe_layout(shape, candidate.rung.placement)
-    return f"{candidate.speed.decode_per_s:.3g} tok/s {_with(layout)}{size}"
+    return f"{candidate.speed.decode_per_s:.3g} tok/s {_manner(shape, candidate.rung)}{size}"
 
 
-def _with(layout: str) -> str:
-    return layout if layout.startswith("on the CPU") else f"with {layout}"
+def _manner(shape: ModelShape, rung: Rung) -> str:
+    """Return a placement in words that tell it from the others that were measured."""
+    placement = rung.placement
+    layout = describe_layout(shape, placement)
+    if placement.mode == "gpu":
+        return f"with {layout}"
+    batch = f"micro-batch {placement.n_ubatch}"
+    if placement.mode == "cpu":
+        attention = "flash" if placement.flash_attn else "plain"
+        return f"{layout}, {attention} attention, {batch}"
+    held = "page-locked" if placement.load_mode == "locked" else "mapped"
+    return f"with {layout}, {held}, {batch}"

@@ -32,16 +32,21 @@ _PLAIN: dict[Quant, GgmlType] = {
 }
 # What llama-quantize takes instead where a row is no multiple of 256.
 _FALLBACK = {GgmlType.Q4_K: GgmlType.Q5_0, GgmlType.Q6_K: GgmlType.Q8_0}
-# Offset of the block's scale (float16) in its bytes.
-_SCALE_AT = {
-    GgmlType.Q4_0: 0,
-    GgmlType.Q5_0: 0,
-    GgmlType.Q8_0: 0,
-    GgmlType.Q4_K: 0,
-    GgmlType.Q6_K: 208,
+# Where a block has its factors (float16), and by how much each is the scale: ggml-common.h. The
+# second one of a block shifts its weights: with q at its mean they are zero.
+_FACTORS: dict[GgmlType, tuple[tuple[int, float], ...]] = {
+    GgmlType.Q4_0: ((0, 1.0),),
+    GgmlType.Q5_0: ((0, 1.0),),
+    GgmlType.Q5_1: ((0, 1.0), (2, -15.5)),
+    GgmlType.Q8_0: ((0, 1.0),),
+    GgmlType.Q2_K: ((80, 1.0), (82, 1.5)),
+    GgmlType.Q3_K: ((108, 1.0),),
+    GgmlType.Q4_K: ((0, 1.0), (2, 7.5)),
+    GgmlType.Q5_K: ((0, 1.0), (2, 15.5)),
+    GgmlType.Q6_K: ((208, 1.0),),
 }
-# Q4_K: weight = d*scale*q - dmin*min, where q is 7.5 at the mean: this centres it on zero.
-_Q4_K_MIN_RATIO = 7.5
+# MXFP4 has a power of two in its first byte instead; so much is added to it (E8M0).
+_MXFP4_BIAS = 127
 
 
 def tensor_type(quant: Quant, name: str, *, n_row: int, layer: int, n_layer: int) -> GgmlType:
@@ -114,7 +119,8 @@ class Weights:
 
 
 def _set_scale(blocks: Bytes, kind: GgmlType, scale: float) -> None:
-    at = _SCALE_AT[kind]
-    blocks[:, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
-    if kind == GgmlType.Q4_K:
-        blocks[:, 2:4] = np.array([scale * _Q4_K_MIN_RATIO], np.float16).view(np.uint8)
+    if kind == GgmlType.MXFP4:
+        blocks[:, 0] = _MXFP4_BIAS + round(math.log2(scale))
+        return
+    for at, ratio in _FACTORS[kind]:
+        blocks[:, at : at + 2] = np.array([scale * ratio], np.float16).view(np.uint8)

@@ -1,0 +1,158 @@
+"""The reproduction as Markdown and plots, from its JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shimpy.units import GIB, MIB
+from tests.benchmarks.published import PUBLISHED, Side
+
+# Which published row a run is to be compared with.
+_SIDES: dict[str, Side] = {
+    "gpu": "gpu",
+    "experts-in-ram": "experts-in-ram",
+    "llama.cpp": "experts-in-ram",
+}
+_LABELS = {
+    "gpu": "all on GPU",
+    "experts-in-ram": "experts in RAM, page-locked, micro-batch 2048",
+    "llama.cpp": "experts in RAM, mapped, micro-batch 512 (llama.cpp's --cpu-moe)",
+    "gpu-16": "all on GPU",
+    "experts-in-ram-16": "experts in RAM, page-locked, micro-batch 2048",
+    "cpu": "on the CPU alone",
+}
+
+
+def write_report(data: dict[str, Any], folder: Path) -> None:
+    """Write reproduction.md, and where there is matplotlib a plot for each model."""
+    text = "\n".join(report_lines(data)) + "\n"
+    (folder / "reproduction.md").write_text(text, encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    for name, case in data.items():
+        _plot(name, case, folder / f"reproduction-{name}.png")
+
+
+def report_lines(data: dict[str, Any]) -> Iterator[str]:
+    """Yield the report's lines."""
+    yield "# All on the GPU against experts in RAM"
+    yield ""
+    yield "All weights are synthetic: random, in the published models' shapes and types."
+    yield "Speeds are means with standard deviations, one stream unless said; prefill and decode"
+    yield "are the engine's own times, TTFT is from the request to its first text, load from the"
+    yield "start of a worker until it answers."
+    for name, case in data.items():
+        yield ""
+        yield f"## {name}"
+        yield ""
+        yield f"`{case['file']}`, {case['file_bytes'] / GIB:.2f} GiB, sha256 `{case['sha256']}`"
+        yield ""
+        yield f"{case['machine']}; {case['ram_bytes'] / GIB:.0f} GiB RAM; {case['at']};"
+        yield f"`{case['command']}`"
+        yield ""
+        yield from _speed_lines(name, case["runs"])
+        yield ""
+        yield from _memory_lines(name, case["runs"])
+        many = [(key, run) for key, run in case["runs"].items() if len(run.get("streams", [])) > 1]
+        if many:
+            yield ""
+            yield from _stream_lines(many)
+
+
+def _measured(runs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, run in runs.items():
+        if "error" not in run and not name.endswith("-16"):
+            yield name, run
+
+
+def _speed_lines(name: str, runs: dict[str, Any]) -> Iterator[str]:
+    yield "| placement | n | load s | prefill tok/s | decode tok/s | TTFT ms | published tok/s |"
+    yield "|---|---|---|---|---|---|---|"
+    for key, run in _measured(runs):
+        published = PUBLISHED.get((name, _SIDES.get(key, "gpu")))
+        theirs = "" if published is None or published.per_s is None else f"{published.per_s}"
+        first = run["streams"][0]["first_text_s"]
+        yield (
+            f"| {_LABELS[key]} | {len(run['decode_per_s']['samples'])} | {run['start_s']:.1f} "
+            f"| {rate(run['prefill_per_s'])} | {rate(run['decode_per_s'])} "
+            f"| {rate(first, 1000)} | {theirs} |"
+        )
+    for key, run in runs.items():
+        if "error" in run:
+            yield f"| {_LABELS[key]} | | | {run['error']} | | | |"
+
+
+def _memory_lines(name: str, runs: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "| placement | VRAM, MiB: weights + KV + compute | published | per process | whole card "
+        "after load / work | published card | planned | RAM |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for key, run in _measured(runs):
+        published = PUBLISHED.get((name, _SIDES.get(key, "gpu")))
+        theirs = published.memory_text() if published else ""
+        card = f"{published.card:.0f}" if published and published.card else ""
+        devices = run["placement"]["devices"]
+        held = [use for use in run["buffers"] if use["device"] in devices]
+        parts = [
+            sum(use[part] for use in held)
+            for part in ("model_bytes", "context_bytes", "compute_bytes")
+        ]
+        ours = " + ".join(_mib(part) for part in parts)
+        loaded, worked = run["after_load"], run["after_work"]
+        yield (
+            f"| {_LABELS[key]} | {ours} = {_mib(sum(parts))} | {theirs} "
+            f"| {_mib(worked['process_bytes'])} "
+            f"| {_mib(loaded['card_bytes'])} / {_mib(worked['card_bytes'])} | {card} "
+            f"| {_mib(run['planned_vram_bytes'])} | {_mib(worked['rss_bytes'])} |"
+        )
+
+
+def _stream_lines(runs: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    yield "| placement | streams | tok/s of all, prefill included | TTFT ms |"
+    yield "|---|---|---|---|"
+    for key, run in runs:
+        for figures in run["streams"]:
+            yield (
+                f"| {_LABELS[key]} | {figures['n_streams']} | {rate(figures['per_s'])} "
+                f"| {rate(figures['first_text_s'], 1000)} |"
+            )
+
+
+def rate(summary: dict[str, Any], factor: float = 1.0) -> str:
+    """Return "61.2 ± 0.4", mean and deviation."""
+    mean, deviation = summary["mean"] * factor, summary["deviation"] * factor
+    digits = 0 if mean >= 100 else 1 if mean >= 10 else 2
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def _mib(n_bytes: int | None) -> str:
+    return "-" if n_bytes is None else f"{n_bytes / MIB:.0f}"
+
+
+def _plot(name: str, case: dict[str, Any], path: Path) -> None:
+    """Draw prefill and decode against the VRAM of the whole card."""
+    from matplotlib.figure import Figure
+
+    runs = list(_measured(case["runs"]))
+    if not runs:
+        return
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure.suptitle(f"{name}, synthetic weights, context 4096\n{case['machine']}", fontsize=9)
+    for axes, key, title in zip(
+        figure.subplots(1, 2), ("prefill_per_s", "decode_per_s"), ("prefill", "decode"), strict=True
+    ):
+        for run_name, run in runs:
+            size = (run["after_work"]["card_bytes"] or run["buffers_vram_bytes"]) / GIB
+            axes.errorbar(
+                size, run[key]["mean"], yerr=run[key]["deviation"], fmt="o", label=_LABELS[run_name]
+            )
+        axes.set_xlabel("VRAM of the whole card, GiB")
+        axes.set_ylabel(f"{title}, tok/s")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize="x-small")
+    figure.savefig(path, format="png", dpi=120)
