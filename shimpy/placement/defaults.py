@@ -42,6 +42,11 @@ N_UBATCH_EMBEDDING: Final = 2048
 N_UBATCH_EMBEDDING_MOST: Final = 8192
 
 KV_TYPE: Final[KvType] = "f16"
+# Half the size, at next to no loss: taken where only so a faster placement fits. Flash attention
+# has to be able to read it, and has kernels for heads of these widths on every backend that
+# weights are placed on (ggml/src/ggml-cuda/fattn.cu).
+KV_TYPE_SMALL: Final[KvType] = "q8_0"
+_SMALL_KV_HEADS: Final = (64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +126,20 @@ def default_contexts(shape: ModelShape, options: PlanOptions, n_slots: int) -> l
     usual = max(min(train, N_CTX_TEXT), N_CTX_PER_SLOT * n_slots)
     usual = min(usual, limit)
     return _halvings(usual, min(usual, N_CTX_LEAST))
+
+
+def kv_types(shape: ModelShape, options: PlanOptions) -> tuple[KvType, ...]:
+    """Return the types of the KV cache that a placement on a GPU may have, best first."""
+    if options.kv_type is not None:
+        return (options.kv_type,)
+    can_shrink = (
+        options.flash_attn is not False
+        and shape.n_embd_head in _SMALL_KV_HEADS
+        and not (shape.is_mla or shape.is_embedding)
+        and not any(layer.state_bytes for layer in shape.layers)
+        and any(layer.n_embd_k for layer in shape.layers)
+    )
+    return (KV_TYPE, KV_TYPE_SMALL) if can_shrink else (KV_TYPE,)
 
 
 def longer_contexts(

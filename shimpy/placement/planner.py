@@ -22,6 +22,7 @@ from operator import itemgetter
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.defaults import (
+    KV_TYPE,
     N_CTX_EXPERTS,
     N_CTX_LEAST,
     RESIDENT,
@@ -31,6 +32,7 @@ from shimpy.placement.defaults import (
     default_contexts,
     default_slots,
     is_encoder,
+    kv_types,
     longer_contexts,
 )
 from shimpy.placement.figures import NO_FIGURES, Figures, Setup
@@ -38,6 +40,7 @@ from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Mode, Plan, PlanOptions, Rung
 from shimpy.placement.reasons import describe_choice, describe_rung, missing_bytes
 from shimpy.placement.search import Search, Settings, Team, first_with_room
+from shimpy.protocol.messages import KvType
 
 _NO_OPTIONS = PlanOptions()
 
@@ -64,7 +67,7 @@ def plan_model(
     chosen: Rung | None = None
     doubts: tuple[Setup, ...] = ()
     for rung in _ladder(search):
-        rungs.append(replace(rung, reason=describe_rung(shape, hardware, rung)))
+        rungs.append(replace(rung, reason=describe_rung(shape, hardware, options, rung)))
         if chosen is None:
             # Of the rungs below the chosen one nothing more needs to be known.
             chosen = rungs[-1] if rung.fits else None
@@ -131,10 +134,12 @@ def _fixed_rung(search: Search, n_cpu_moe: int) -> Rung:
     mode: Mode = "experts-in-ram" if moves else "gpu"
     streamings = _streamings(search, streams=moves)
     most = N_CTX_EXPERTS if moves else None
+    # More cards before a smaller KV cache.
     return _best_of(
         search.rung(mode, team, search.n_all, n_cpu_moe, settings)
+        for kv_type in kv_types(search.shape, search.options)
         for team in search.teams
-        for settings in _settings(search, streamings, n_ctx_most=most)
+        for settings in _settings(search, streamings, kv_type, n_ctx_most=most)
     )
 
 
@@ -142,7 +147,7 @@ def _some_experts_rung(search: Search, n_least: int) -> Rung | None:
     """Return the rung with the fewest experts in RAM; None: even with all, a GPU lacks room."""
     counts = range(n_least, search.moe_layers[-1] + 2)
     tried: list[Rung] = []
-    for settings in _settings(search, _streamings(search, streams=True), n_ctx_most=N_CTX_EXPERTS):
+    for settings in _all_settings(search, n_ctx_most=N_CTX_EXPERTS):
         found = _counts_with_room(search, settings, counts, n_gpu_layers=search.n_all)
         if not found:
             continue
@@ -189,6 +194,7 @@ def _roomier_rung(search: Search, some: Rung) -> Rung | None:
         n_ctx=some.placement.n_ctx,
         n_slots=some.placement.n_slots,
         streaming=Streaming(load_mode=some.placement.load_mode, n_ubatch=some.placement.n_ubatch),
+        kv_type=some.placement.kv_type,
     )
     return _weigh_experts(search, team, settings, more)
 
@@ -212,7 +218,8 @@ def _partial_rungs(search: Search, n_most: int) -> Iterator[Rung]:
     if not counts:
         return
     tried: list[Rung] = []
-    for settings in _settings(search, _streamings(search, streams=True), n_ctx_most=N_CTX_LEAST):
+    streamings, kv_type = _streamings(search, streams=True), search.options.kv_type or KV_TYPE
+    for settings in _settings(search, streamings, kv_type, n_ctx_most=N_CTX_LEAST):
         found = _counts_with_room(search, settings, counts, n_cpu_moe=n_cpu_moe)
         least = (counts[-1], search.teams[-1])
         n_layers, team = max(found, key=itemgetter(0), default=least)
@@ -232,9 +239,10 @@ def _cpu_rung(search: Search) -> Rung:
     log then shows that they were asked for.
     """
     n_cpu_moe = _fixed_cpu_moe(search) or 0
+    streamings, kv_type = _streamings(search, streams=False), search.options.kv_type or KV_TYPE
     return _best_of(
         search.rung("cpu", (), 0, n_cpu_moe, settings)
-        for settings in _settings(search, _streamings(search, streams=False), on_gpu=False)
+        for settings in _settings(search, streamings, kv_type, on_gpu=False)
     )
 
 
@@ -252,9 +260,17 @@ def _streamings(search: Search, *, streams: bool) -> tuple[Streaming, ...]:
     return tuple(dict.fromkeys(ways))
 
 
+def _all_settings(search: Search, *, n_ctx_most: int) -> Iterator[Settings]:
+    """Yield the settings for weights that pass through the GPU, a smaller KV cache last."""
+    streamings = _streamings(search, streams=True)
+    for kv_type in kv_types(search.shape, search.options):
+        yield from _settings(search, streamings, kv_type, n_ctx_most=n_ctx_most)
+
+
 def _settings(
     search: Search,
     streamings: tuple[Streaming, ...],
+    kv_type: KvType,
     *,
     on_gpu: bool = True,
     n_ctx_most: int | None = None,
@@ -262,21 +278,24 @@ def _settings(
     """Yield the settings to try, best first: a longer context before a faster prefill.
 
     `n_ctx_most` bounds a context that nobody asked for, where it would displace weights; with
-    None it may grow into VRAM that is plentiful.
+    None it may grow into VRAM that is plentiful. A cache that is made smaller for want of VRAM
+    is of the shortest context: a longer one takes as much as what did not fit.
     """
     shape, options = search.shape, search.options
     n_slots = default_slots(shape, options, on_gpu=on_gpu)
     contexts = default_contexts(shape, options, n_slots)
     if on_gpu and options.n_ctx is None and not is_encoder(shape):
-        if n_ctx_most is None:
+        if kv_type != (options.kv_type or KV_TYPE):
+            contexts = contexts[-1:]
+        elif n_ctx_most is None:
             free = sum(gpu.free_bytes for gpu in search.teams[0])
-            longer = longer_contexts(shape, contexts[0], search.kv_type, n_slots, free)
+            longer = longer_contexts(shape, contexts[0], kv_type, n_slots, free)
             contexts = longer + contexts
         else:
             contexts = [n_ctx for n_ctx in contexts if n_ctx <= n_ctx_most] or contexts[-1:]
     for n_ctx in contexts:
         for streaming in streamings:
-            yield Settings(n_ctx=n_ctx, n_slots=n_slots, streaming=streaming)
+            yield Settings(n_ctx=n_ctx, n_slots=n_slots, streaming=streaming, kv_type=kv_type)
 
 
 # --- helpers ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from shimpy.gguf.arch import ModelShape
+from shimpy.placement.defaults import KV_TYPE, N_UBATCH_STREAMED
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import DeviceUse, HostUse, Placement, PlanOptions, Rung
 from shimpy.units import format_bytes
@@ -16,7 +17,7 @@ DRIVERS_THAT_LOCK: Final = frozenset(
 )
 
 
-def describe_rung(shape: ModelShape, hardware: Hardware, rung: Rung) -> str:
+def describe_rung(shape: ModelShape, hardware: Hardware, options: PlanOptions, rung: Rung) -> str:
     """Return what speaks for a rung that fits, or what one that does not lacks."""
     what, lacks = describe_layout(shape, rung.placement), describe_lack(hardware, rung)
     if lacks:
@@ -26,7 +27,9 @@ def describe_rung(shape: ModelShape, hardware: Hardware, rung: Rung) -> str:
         return f"{what}: {format_bytes(rung.host.total_bytes)} of RAM, {why}"
     parts = [what, *(_taken(device) for device in rung.devices)]
     if rung.placement.mode != "gpu":
-        parts.append(_streamed(hardware, rung))
+        parts.append(_streamed(hardware, options, rung))
+    if rung.devices and rung.placement.kv_type != (options.kv_type or KV_TYPE):
+        parts.append(f"KV cache {rung.placement.kv_type}, since {KV_TYPE} does not fit")
     return "; ".join(parts)
 
 
@@ -100,11 +103,13 @@ def _taken(device: DeviceUse) -> str:
     return f"{device.name} gives {total} of {free} free"
 
 
-def _streamed(hardware: Hardware, rung: Rung) -> str:
+def _streamed(hardware: Hardware, options: PlanOptions, rung: Rung) -> str:
     """Return how the weights in RAM are held, and why so."""
     placement, host = rung.placement, rung.host
     held = format_bytes(host.weights_bytes)
     batch = f"micro-batch {placement.n_ubatch}"
+    if options.n_ubatch is None and placement.n_ubatch < min(N_UBATCH_STREAMED, placement.n_ctx):
+        batch += f" ({N_UBATCH_STREAMED} needs more VRAM)"
     if host.locked:
         return f"{held} of weights page-locked in RAM, from where the GPU reads fastest, {batch}"
     limit = lock_limit(hardware, placement.devices)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from shimpy.gguf.arch import ModelShape
-from shimpy.placement.defaults import KV_TYPE, Streaming, default_ubatch
+from shimpy.placement.defaults import Streaming, default_ubatch
 from shimpy.placement.figures import NO_FIGURES, Figures, Setup
 from shimpy.placement.hardware import Gpu, Hardware
 from shimpy.placement.memory import Context, Layout, MemoryModel, MemoryUse
@@ -24,6 +24,7 @@ from shimpy.placement.placement import (
     Rung,
 )
 from shimpy.placement.reasons import exceeds_lock_limit
+from shimpy.protocol.messages import KvType
 from shimpy.units import MIB
 
 # Stays free whatever the figures say: drivers round up, and share a card.
@@ -62,6 +63,7 @@ class Settings:
     n_ctx: int
     n_slots: int
     streaming: Streaming
+    kv_type: KvType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,6 @@ class Search:
         self.hardware = hardware
         self.options = options
         self.memory = MemoryModel(shape)
-        self.kv_type = options.kv_type or KV_TYPE
         self.teams = _teams(hardware.gpus)
         self.n_all = shape.n_layer + 1
         self.moe_layers = shape.moe_layers
@@ -135,7 +136,7 @@ class Search:
             n_slots=settings.n_slots,
             n_ubatch=context.n_ubatch,
             load_mode=settings.streaming.load_mode,
-            kv_type=self.kv_type,
+            kv_type=context.kv_type,
             flash_attn=context.flash_attn,
             devices=tuple(gpu.name for gpu in team),
             tensor_split=layout.split if len(team) > 1 else (),
@@ -200,13 +201,13 @@ class Search:
             n_ctx=settings.n_ctx,
             n_slots=settings.n_slots,
             n_ubatch=default_ubatch(self.shape, self.options, settings.n_ctx, settings.streaming),
-            kv_type=self.kv_type,
+            kv_type=settings.kv_type,
             flash_attn=self.options.flash_attn is not False,
         )
 
     def _can_go_plain(self, context: Context) -> bool:
         """Whether a CPU's attention can do without flash attention, and takes little RAM so."""
-        if self.shape.is_embedding or self.kv_type not in PLAIN_KV:
+        if self.shape.is_embedding or context.kv_type not in PLAIN_KV:
             return False
         use = self._estimate((), 0, 0, replace(context, flash_attn=False)).use
         return use.host.compute_bytes <= self.hardware.host.available_bytes // _PLAIN_SHARE

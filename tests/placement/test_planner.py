@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from shimpy.errors import InvalidOptionError
+from shimpy.gguf.arch import ModelShape
 from shimpy.placement.placement import Plan, PlanOptions, Rung
 from shimpy.placement.planner import plan_model
 from shimpy.units import GIB, MIB
@@ -226,8 +228,50 @@ def test_the_context_shrinks_before_the_mode_does() -> None:
 
 
 def test_a_context_that_was_asked_for_is_kept() -> None:
-    placement = chosen(plan_model(MOE, machine(12.4), PlanOptions(n_ctx=8192))).placement
+    options = PlanOptions(n_ctx=8192, kv_type="f16")
+    placement = chosen(plan_model(MOE, machine(12.4), options)).placement
     assert (placement.mode, placement.n_ctx) == ("experts-in-ram", 8192)
+
+
+def test_a_smaller_kv_cache_comes_before_a_slower_placement() -> None:
+    """At 8192 tokens q8_0 takes 840 MiB less: on 12.4 GiB all layers stay on the card."""
+    plan = plan_model(MOE, machine(12.4), PlanOptions(n_ctx=8192))
+    placement = chosen(plan).placement
+    assert (placement.mode, placement.n_ctx, placement.kv_type) == ("gpu", 8192, "q8_0")
+    assert "KV cache q8_0, since f16 does not fit" in plan.reason
+    assert chosen(plan_model(MOE, machine(14), PlanOptions(n_ctx=8192))).placement.kv_type == "f16"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda s: replace(s, n_embd_head=96), id="odd-heads"),
+        pytest.param(lambda s: replace(s, is_mla=True), id="latent"),
+        pytest.param(lambda s: replace(s, is_embedding=True), id="embeds"),
+    ],
+)
+def test_a_kv_cache_stays_as_it_is_where_it_may_not_be_readable(
+    change: Callable[[ModelShape], ModelShape],
+) -> None:
+    for vram in (2, 3, 4, 8, 12):
+        plan = plan_model(change(MOE), machine(vram))
+        assert {rung.placement.kv_type for rung in plan.ladder} == {"f16"}
+
+
+def test_two_cards_come_before_a_smaller_kv_cache() -> None:
+    placement = chosen(plan_model(MOE, machine(12.4, 8), PlanOptions(n_ctx=8192))).placement
+    assert (placement.mode, placement.kv_type) == ("gpu", "f16")
+    assert len(placement.devices) == 2
+
+
+def test_a_small_micro_batch_is_explained() -> None:
+    """All experts in RAM on a card that has too little for the larger buffer beside them."""
+    big = model(expert_mib=3000)
+    for hundredths in range(200, 420, 5):
+        plan = plan_model(big, machine(hundredths / 100, ram=120))
+        rung = chosen(plan)
+        is_small = rung.placement.mode not in {"gpu", "cpu"} and rung.placement.n_ubatch == 512
+        assert ("512 (2048 needs more VRAM)" in rung.reason) == is_small
 
 
 def test_a_cpu_serves_fewer_at_once() -> None:

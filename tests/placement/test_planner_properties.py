@@ -28,7 +28,7 @@ OPTIONS = st.builds(
     load_mode=st.sampled_from([None, "mmap", "locked"]),
 )
 # Settings that leave only the layout to choose.
-FIXED = PlanOptions(n_ctx=4096, n_slots=4, n_ubatch=512, load_mode="mmap")
+FIXED = PlanOptions(n_ctx=4096, n_slots=4, n_ubatch=512, load_mode="mmap", kv_type="f16")
 
 
 # Of a model's size: so that every rung of the ladder comes up.
