@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -121,6 +121,11 @@ class Client:
     def unload(self, model: str) -> None:
         """Unload a model once its last request ends."""
         self._call("POST", "/api/generate", {"model": model, "keep_alive": 0})
+
+    def pin(self, model: str, *, pinned: bool) -> dict[str, Any]:
+        """Keep a model loaded once it is, or let it go again; return how it stands."""
+        word = "pin" if pinned else "unpin"
+        return self._call("POST", f"/api/models/{quote(model, safe='')}/{word}")
 
     def delete(self, model: str) -> None:
         """Remove a model of the store."""

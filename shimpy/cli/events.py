@@ -11,10 +11,11 @@ import click
 # How each kind of event is coloured; the others are plain.
 _COLOURS = {
     "ready": "green",
+    "moved_up": "green",
     "evict": "yellow",
     "reload": "yellow",
     "retry": "yellow",
-    "shrink": "yellow",
+    "shrunk": "yellow",
     "wait": "yellow",
     "load_failed": "red",
     "died": "red",

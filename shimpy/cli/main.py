@@ -20,6 +20,8 @@ COMMANDS = {
     "ps": ("shimpy.cli.ps", "Show the loaded models and where they are placed."),
     "events": ("shimpy.cli.events", "Show what is loaded, unloaded and evicted, and why."),
     "stop": ("shimpy.cli.stop", "Unload a model."),
+    "pin": ("shimpy.cli.pin", "Keep a model loaded, once it is, whoever needs its memory."),
+    "unpin": ("shimpy.cli.unpin", "Let a pinned model leave again as others do."),
     "plan": ("shimpy.cli.plan", "Explain where a model would be placed, and why."),
     "bench": ("shimpy.cli.bench", "Measure a model in each placement that fits."),
     "create": ("shimpy.cli.create", "Make a model from a Modelfile."),

@@ -69,7 +69,7 @@ def _row(resident: dict[str, Any]) -> tuple[str, ...]:
         str(placement["n_slots"]),
         str(resident["n_threads"]),
         _requests(resident["n_leases"], resident["n_waiting"]),
-        _until(resident["expires_at"]),
+        "pinned" if resident["pinned"] else _until(resident["expires_at"]),
     )
 
 

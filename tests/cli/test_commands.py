@@ -117,6 +117,16 @@ def test_events_are_followed_until_the_daemon_stops(tmp_path: Path, chain_model:
             assert events.wait(30) == 0
 
 
+def test_pin_and_unpin(daemon: Daemon) -> None:
+    assert daemon.shimpy("stop", "chain").returncode == 0
+    assert "stays once it is loaded" in daemon.shimpy("pin", "chain").stderr
+    assert daemon.shimpy("run", "chain", "x", "--keepalive", "0").returncode == 0
+    assert re.search(r"^chain:latest .* pinned *$", daemon.shimpy("ps").stdout, re.MULTILINE)
+    assert daemon.shimpy("pin", "chain").stderr == ""
+    assert daemon.shimpy("unpin", "chain").returncode == 0
+    assert daemon.shimpy("unpin", "nope").returncode == 1
+
+
 def test_show_prints_sections_and_parts(daemon: Daemon) -> None:
     shown = daemon.shimpy("show", "tiny-deepseek").stdout
     for text in ("architecture", "deepseek", "Experts", "routed", "completion"):

@@ -30,6 +30,7 @@ def resident(**changes: Any) -> dict[str, Any]:
         "load_fraction": 1.0,
         "context_length": 131072,
         "n_threads": 16,
+        "pinned": False,
         "n_leases": 4,
         "n_waiting": 12,
         "expires_at": expires.isoformat(),
@@ -80,6 +81,10 @@ def test_a_model_that_loads_has_predictions_alone(capsys: pytest.CaptureFixture[
     lines = printed(capsys, models=[loading])
     assert "loading 43%" in lines[1]
     assert lines[-1].split()[1:] == ["RAM", "-", "-", "-", "-", "13.5", "GiB"]
+
+
+def test_a_pinned_model_has_no_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, models=[resident(pinned=True)])[1].rstrip().endswith("  pinned")
 
 
 def test_why_a_model_is_not_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import tomli
 
+from shimpy.scheduler.states import EventKind
 from shimpy.server.app import all_routes
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
@@ -59,3 +61,9 @@ def test_no_route_is_documented_that_does_not_exist() -> None:
     known = served()
     known |= {("HEAD", path) for method, path in known if method == "GET"}
     assert documented() - known == set()
+
+
+def test_every_kind_of_event_is_documented() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    listed = text.partition("`kind` is one of")[2].partition("```")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(get_args(EventKind))

@@ -65,6 +65,8 @@ def test_every_route_that_reads_json_says_what(description: dict[str, Any]) -> N
         "/api/push",
         "/api/reload",
         "/api/models/{model}/unload",
+        "/api/models/{model}/pin",
+        "/api/models/{model}/unpin",
     }
 
 

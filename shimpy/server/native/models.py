@@ -67,11 +67,31 @@ async def status(request: web.Request) -> web.Response:
     return json_response({"status": state, "loaded": state == "ready"} | entry)
 
 
+async def pin(request: web.Request) -> web.Response:
+    """POST /api/models/{model}/pin: once loaded it stays, whoever needs its memory."""
+    return await _set_pinned(request, pinned=True)
+
+
+async def unpin(request: web.Request) -> web.Response:
+    """POST /api/models/{model}/unpin: it may leave again, as others do."""
+    return await _set_pinned(request, pinned=False)
+
+
 ROUTES = [
     web.post("/api/models/{model:.+}/load", load),
     web.post("/api/models/{model:.+}/unload", unload),
+    web.post("/api/models/{model:.+}/pin", pin),
+    web.post("/api/models/{model:.+}/unpin", unpin),
     web.get("/api/models/{model:.+}/status", status),
 ]
+
+
+async def _set_pinned(request: web.Request, *, pinned: bool) -> web.Response:
+    services, record = services_of(request), record_of(request)
+    model = await find_model(services, request.match_info["model"], record)
+    services.scheduler.pin(str(model.name), pinned=pinned)
+    entry = _resident_entry(services, model)
+    return json_response({"pinned": pinned, "loaded": entry.get("state") == "ready"} | entry)
 
 
 def _resident_entry(services: Services, model: Model) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from shimpy.server.ollama.wire import FOREVER_S, format_local_time
 
 # llama.cpp's name for host memory.
 _HOST = "CPU"
-# What took memory from a model, or kept it from getting some; the rest is in /api/events.
+# What took a model's memory or moved it, or kept it from being loaded.
 _DEPARTURES: frozenset[EventKind] = frozenset(
-    {"unload", "evict", "reload", "retry", "load_failed", "died", "refused"}
+    {"unload", "evict", "reload", "shrunk", "moved_up", "retry", "load_failed", "died", "refused"}
 )
 _N_RECENT = 16
 
@@ -56,6 +56,7 @@ def resident_entry(resident: ResidentInfo) -> dict[str, Any]:
         "state": resident.state,
         "load_fraction": resident.load_fraction,
         "pid": resident.pid,
+        "pinned": resident.is_pinned,
         "n_leases": resident.n_leases,
         "n_waiting": resident.n_waiting,
         "n_threads": resident.n_threads,

@@ -83,6 +83,19 @@ async def test_a_model_that_works_is_unloaded_later(
     assert "chain:latest" not in await _loaded(app)
 
 
+async def test_a_pinned_model_is_not_let_go(app: Running) -> None:
+    pinned = await _post(app, "/api/models/chain/pin")
+    assert (pinned["model"], pinned["pinned"]) == ("chain:latest", True)
+    loaded = await _post(app, "/api/models/chain/load", keep_alive="1ms")
+    assert loaded["pinned"] is True
+    assert int(loaded["expires_at"][:4]) > 2300
+    assert (await _post(app, "/api/models/chain/pin"))["loaded"] is True
+    unpinned = await _post(app, "/api/models/chain/unpin")
+    assert unpinned["pinned"] is False
+    await app.services.scheduler.wait_unloaded("chain:latest")
+    assert "chain:latest" not in await _loaded(app)
+
+
 async def test_ps_says_why_models_are_not_loaded(tmp_path: Path) -> None:
     """The last to leave with the reason; those held back with what they died of."""
     write_chain(tmp_path / "chain.gguf")
@@ -105,7 +118,7 @@ async def test_ps_says_why_models_are_not_loaded(tmp_path: Path) -> None:
     assert [event["kind"] for event in died] == ["died"] * 3
 
 
-@pytest.mark.parametrize("what", ["load", "unload", "status"])
+@pytest.mark.parametrize("what", ["load", "unload", "status", "pin", "unpin"])
 async def test_unknown_and_broken_models_are_errors(app: Running, what: str) -> None:
     method = "GET" if what == "status" else "POST"
     missing = await app.client.request(method, f"/api/models/nix/{what}")
