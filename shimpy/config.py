@@ -120,6 +120,13 @@ def _parse_seconds(value: Any) -> float:
     return seconds
 
 
+def _parse_pause(value: Any) -> float:
+    seconds = parse_keep_alive(value)
+    if seconds < 1:
+        raise InvalidOptionError(f"it must be at least 1s, or negative for never, not {value!r}")
+    return seconds
+
+
 def split_paths(value: Any) -> tuple[Path, ...]:
     """Return the folders in a list, or in one text that joins several with ':' or ';'."""
     items = value if isinstance(value, list | tuple) else [value]
@@ -327,6 +334,12 @@ class Config:
     )
     drain_timeout: float = _setting(
         30.0, _parse_seconds, "TIME", "How long running requests may take when the daemon stops."
+    )
+    idle_exit: float = _setting(
+        math.inf,
+        _parse_pause,
+        "TIME",
+        "End the daemon after so long without a request or a loaded model; negative: never.",
     )
     max_body: int = _setting(64 * MIB, _parse_size, "SIZE", "Size of a request's body at most.")
     reserve_vram: int = _setting(

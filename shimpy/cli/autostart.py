@@ -18,6 +18,7 @@ from shimpy.errors import DaemonError, UnreachableError
 # In the state folder, unless the config names a log file.
 LOG_NAME = "daemon.log"
 _START_TIMEOUT_S = 30.0
+_IDLE_EXIT = "30m"
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -40,7 +41,10 @@ def connect() -> Client:
 
 
 def _start_daemon(bind: str) -> None:
-    config = load_config().config
+    loaded = load_config()
+    config = loaded.config
+    # Nobody asked for a daemon, and nobody would end it.
+    idle = ["--idle-exit", _IDLE_EXIT] if loaded.origins["idle_exit"] == "default" else []
     log = config.log_file or config.state_dir / LOG_NAME
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -52,7 +56,17 @@ def _start_daemon(bind: str) -> None:
         ready.bind(str(path))
         process = subprocess.Popen(  # noqa: S603 - this very program
             # What it says before it takes the file over goes there, too.
-            [sys.executable, "-m", "shimpy", "serve", "--bind", bind, "--log-file", str(log)],
+            [
+                sys.executable,
+                "-m",
+                "shimpy",
+                "serve",
+                "--bind",
+                bind,
+                "--log-file",
+                str(log),
+                *idle,
+            ],
             env={**os.environ, "NOTIFY_SOCKET": str(path)},
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import ssl
@@ -42,6 +43,7 @@ from shimpy.server.connections import IDLE_TIMEOUT_S, Connections, allow_files, 
 from shimpy.server.freshness import FreshRegistry
 from shimpy.server.gate import Gate
 from shimpy.server.guard import Guard
+from shimpy.server.idling import wait_unneeded
 from shimpy.server.listening import exposed_host, open_bind, unix_paths, urls_of
 from shimpy.server.machine import Machine, report_hardware
 from shimpy.server.metrics import Metrics
@@ -55,6 +57,7 @@ from shimpy.server.systemd import (
     watchdog_period_s,
 )
 from shimpy.server.tls import make_tls
+from shimpy.units import format_duration
 
 # How long cancelled requests get to tell their clients.
 _FAREWELL_S = 2.0
@@ -234,6 +237,11 @@ class StopSignals:
         _log.info("signal", signal=number.name)
         (self._insisted if self._asked.is_set() else self._asked).set()
 
+    def ask(self, reason: str) -> None:
+        """Ask from within."""
+        _log.info("stop_asked", reason=reason)
+        self._asked.set()
+
     async def wait_asked(self) -> None:
         """Wait for the first signal."""
         await self._asked.wait()
@@ -278,7 +286,7 @@ async def _run(
             connections = Connections(runner, limit=limit, tls=tls)
             await connections.listen(sockets)
             _announce(urls_of(sockets, scheme="https" if tls else "http"), announce)
-            async with _meanwhile(services, hangup):
+            async with _meanwhile(services, hangup, stop):
                 await stop.wait_asked()
                 await _drain(services, connections, stop)
         finally:
@@ -306,16 +314,26 @@ def _hangups() -> Iterator[asyncio.Event]:
 
 
 @asynccontextmanager
-async def _meanwhile(services: Services, hangup: asyncio.Event) -> AsyncIterator[None]:
+async def _meanwhile(
+    services: Services, hangup: asyncio.Event, stop: StopSignals
+) -> AsyncIterator[None]:
     """Feed systemd's watchdog, where there is one, and reload at SIGHUP as the block runs."""
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(_reload_at(services, hangup))]
+        if not math.isinf(services.config.idle_exit):
+            running.append(tasks.create_task(_stop_when_unneeded(services, stop)))
         period_s = watchdog_period_s()
         if period_s is not None:
             running.append(tasks.create_task(feed_watchdog(period_s)))
         yield
         for task in running:
             task.cancel()
+
+
+async def _stop_when_unneeded(services: Services, stop: StopSignals) -> None:
+    idle_s = services.config.idle_exit
+    await wait_unneeded(services, idle_s)
+    stop.ask(f"nothing to do for {format_duration(idle_s)} (idle_exit)")
 
 
 async def _reload_at(services: Services, hangup: asyncio.Event) -> None:

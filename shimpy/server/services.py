@@ -31,6 +31,8 @@ class Lifecycle:
     is_stopping: bool = False
     # Set when the daemon begins to stop: those that only wait for their client end then.
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    # Requests that have come since the start.
+    n_begun: int = 0
     _running: set[asyncio.Task[object]] = field(default_factory=set)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -49,6 +51,7 @@ class Lifecycle:
         """Count the current task's request as running."""
         task = asyncio.current_task()
         assert task is not None, "requests run in tasks"
+        self.n_begun += 1
         self._running.add(task)
         try:
             yield

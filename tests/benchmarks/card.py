@@ -182,7 +182,9 @@ def speed_of(url: str, make_body: Any, rounds: int, label: str) -> list[Any]:
     asyncio.run(run_streams(url, [make_body(p) for p in random_prompts(2, 0)]))
     for n in STREAMS:
         results = [
-            asyncio.run(run_streams(url, [make_body(p) for p in random_prompts(n, 100 * (r + 1) + n)]))
+            asyncio.run(
+                run_streams(url, [make_body(p) for p in random_prompts(n, 100 * (r + 1) + n)])
+            )
             for r in range(rounds)
         ]
         rate = statistics.median(r for r, _ in results)

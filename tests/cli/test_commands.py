@@ -166,6 +166,8 @@ def test_run_starts_a_daemon_where_none_answers(
     match = re.search(r"started a daemon in the background \(pid (\d+), log (.*)\)", done.stderr)
     assert match is not None, done.stderr
     daemon = psutil.Process(int(match[1]))
+    # It ends by itself; one that was started on purpose does not.
+    assert daemon.cmdline()[-2:] == ["--idle-exit", "30m"]
     try:
         assert done.stdout == f"{CHAIN_TEXT}\n"
         assert Path(match[2]).is_file()

@@ -104,6 +104,22 @@ def test_a_port_in_use_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_one_that_nobody_needs_ends(folder: Path, tmp_path: Path) -> None:
+    """After its last request and its last model; a stream is a request."""
+    with (
+        running_daemon(tmp_path, folder, "--idle-exit", "1s", "--keep-alive", "0") as daemon,
+        _client(daemon) as client,
+    ):
+        with client.stream("GET", "/api/events") as events:
+            lines = events.iter_lines()
+            body = {"model": "chain", "prompt": "hi", "keep_alive": "1500ms", "stream": False}
+            assert client.post("/api/generate", json=body).status_code == 200
+            while '"unload"' not in next(lines):
+                assert daemon.process.poll() is None
+        assert daemon.process.wait(_TIMEOUT_S) == 0
+        assert "idle_exit" in daemon.log.read_text()
+
+
 def test_no_worker_outlives_a_killed_daemon(folder: Path, tmp_path: Path) -> None:
     """Neither one with a model nor the spare one."""
     with running_daemon(tmp_path, folder) as daemon, _client(daemon) as client:
