@@ -117,7 +117,7 @@ class Backend(Protocol):
         """Move the positions [start, end) of a slot by `delta`."""
 
     def state_bytes(self, slot: int) -> int:
-        """Return about how many bytes `save_state` writes for a slot."""
+        """Return how many bytes `save_state` writes for a slot at most."""
 
     def save_state(self, slot: int, path: str) -> int:
         """Write what the KV cache holds for a slot to a file; return its bytes, 0: it failed."""

@@ -27,6 +27,11 @@ class PrefixFileError(Exception):
     """A file is no saved prefix, or another's, or damaged; the text says which."""
 
 
+def file_bytes(n_state: int, n_tokens: int) -> int:
+    """Return how long the file of a state will be."""
+    return n_state + _TOKEN_BYTES * n_tokens + _SEAL.size
+
+
 def seal(fd: int, *, key: bytes, tokens: array[int]) -> int:
     """Finish a file that holds a state and nothing else; return its length.
 

@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Final, Literal
 
 from shimpy.engine.backend import Backend
-from shimpy.engine.prefix_file import KEY_BYTES, PrefixFileError, read_tokens, seal, verify
+from shimpy.engine.prefix_file import (
+    KEY_BYTES,
+    PrefixFileError,
+    file_bytes,
+    read_tokens,
+    seal,
+    verify,
+)
 from shimpy.engine.prefixes import Save, SavedPrefix, SavedPrefixes, StoredFile, plan_room
 from shimpy.protocol.messages import Load, PrefixNews
 from shimpy.units import GIB
@@ -114,7 +121,8 @@ class PrefixStore:
         bytes_per_s = _BYTES_PER_S
         for rank, save in enumerate(saves):
             started_s = time.monotonic()
-            n_bytes = self._backend.state_bytes(save.slot)
+            n_state = self._backend.state_bytes(save.slot)
+            n_bytes = file_bytes(n_state, len(save.tokens))
             if started_s + n_bytes / bytes_per_s > until_s:
                 continue
             try:

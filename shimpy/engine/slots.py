@@ -219,14 +219,16 @@ class Slots:
         """Drop the older half of a sequence's tokens after the first `n_keep`.
 
         Its later cells move down. Cells that another slot holds can't move for one of them
-        alone: then they are dropped and computed again.
+        alone, nor those that stand for others which were not restored: then they are dropped
+        and computed again.
         """
         slot = sequence.slot
         assert slot is not None
         n_drop = (len(sequence.tokens) - n_keep) // 2
         n_kv = sequence.n_kv
         del sequence.tokens[n_keep : n_keep + n_drop]
-        if n_kv < n_keep + n_drop or self.cells.is_shared(slot.id, n_keep):
+        is_fixed = slot.n_whole > n_keep or self.cells.is_shared(slot.id, n_keep)
+        if is_fixed or n_kv < n_keep + n_drop:
             sequence.n_kv = min(n_kv, n_keep)
             if sequence.n_kv < slot.n_whole:
                 sequence.n_kv = slot.n_whole = 0

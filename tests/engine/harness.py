@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from shimpy.engine.intake import Intake
 from shimpy.engine.loop import Engine
+from shimpy.engine.prefix_store import PrefixStore
 from shimpy.protocol.messages import (
     Delta,
     Done,
     Embedded,
     Events,
     Failed,
+    Load,
     Prefilled,
+    PrefixNews,
     PromptPart,
+    Shutdown,
     Stats,
     Submit,
     Text,
@@ -71,11 +76,19 @@ class Told:
 class Rig:
     """One engine on a fake model, driven by hand; its clock stands unless it is set."""
 
-    def __init__(self, backend: FakeBackend | None = None, *, embeds: bool = False) -> None:
+    def __init__(
+        self,
+        backend: FakeBackend | None = None,
+        *,
+        embeds: bool = False,
+        prefixes: Path | None = None,
+    ) -> None:
+        """`prefixes`: the folder that they are saved in and restored from."""
         self.backend = backend or FakeBackend()
         self.now = 0.0
         self.told: dict[int, Told] = defaultdict(Told)
         self.stats: list[Stats] = []
+        self.news: list[PrefixNews] = []
         self.n_frames = 0
         self.intake = Intake(send=self.hear, clock=lambda: self.now)
         self.intake.serve(self.backend, embeds=embeds)
@@ -85,7 +98,11 @@ class Rig:
             send=self.hear,
             clock=lambda: self.now,
             embeds=embeds,
+            prefixes=None if prefixes is None else self._open(prefixes),
         )
+
+    def _open(self, prefixes: Path) -> PrefixStore:
+        return PrefixStore(load_of(prefixes), self.backend, send=self.hear)
 
     def hear(self, message: ToDaemon) -> None:
         self.n_frames += 1
@@ -97,6 +114,8 @@ class Rig:
                 self.told[message.request].hear(message)
             case Stats():
                 self.stats.append(message)
+            case PrefixNews():
+                self.news.append(message)
             case _:
                 raise AssertionError(message)
 
@@ -123,3 +142,19 @@ class Rig:
                 return
             self.step()
         raise AssertionError("the engine does not come to an end")
+
+    def end(self) -> None:
+        """Let the engine end as the worker does; what runs is cancelled."""
+        self.send(Shutdown())
+        self.engine.run()
+
+
+def load_of(prefixes: Path, *, limit: int = 1 << 30, digest: str = "d" * 64) -> Load:
+    """A model's Load: the model is this very file."""
+    return Load(
+        path=__file__,
+        n_ctx=0,
+        prefix_dir=str(prefixes),
+        prefix_cache_bytes=limit,
+        digest=digest,
+    )

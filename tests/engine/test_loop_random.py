@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shimpy.engine import prefixes
 from shimpy.protocol.messages import Cancel, Done, Failed, Sampling, Submit, Text
 from tests.engine.harness import Rig, Told
 from tests.engine.reference import Expected, expect
@@ -159,6 +163,31 @@ def test_a_cache_that_is_full_too_soon_costs_no_more_than_it_must(seed: int, n_h
     rig = Rig(FakeBackend(**work.shape, n_cells=work.shape["n_ctx"] - n_hidden))
     work.play(rig)
     check_all(rig, work, "the KV cache of")
+
+
+KINDS = {
+    "attention": {},
+    "window": {"has_window": True},
+    "recurrent": {"can_split": False, "can_shift": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None)
+@given(seeds)
+def test_prefixes_come_back_in_later_lives(kind: str, seed: int) -> None:
+    """Whatever was saved when and where: text is the same as if nothing were ever kept."""
+    few = mock.patch.multiple(prefixes, MIN_SAVED=8, MIN_GAIN=4)
+    with few, tempfile.TemporaryDirectory() as folder:
+        for life in range(3):
+            work = Workload(seed + life)
+            rig = Rig(FakeBackend(**work.shape, **KINDS[kind]), prefixes=Path(folder))
+            work.play(rig, n_requests=8)
+            shape = {} if kind == "window" else KINDS[kind]
+            check_all(rig, work, **shape)
+            rig.end()
+            assert {news.kind for news in rig.news} <= {"saved", "restored"}
+            assert rig.backend.most_used <= work.shape["n_ctx"]
 
 
 @pytest.mark.parametrize("can_split", [True, False], ids=["attention", "recurrent"])

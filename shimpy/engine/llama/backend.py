@@ -98,7 +98,7 @@ class LlamaBackend:
         self._context.shift(slot, start, end, delta)
 
     def state_bytes(self, slot: int) -> int:
-        """Return about how many bytes `save_state` writes for a slot."""
+        """Return how many bytes `save_state` writes for a slot at most."""
         return self._context.state_bytes(slot)
 
     def save_state(self, slot: int, path: str) -> int:

@@ -37,6 +37,8 @@ _KV_TYPES: dict[KvType, int] = {
 }
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _CTX_STEP = 256
+# What a file of a state has more than the state that llama.cpp tells the size of.
+_STATE_FILE_BYTES = 16
 # llama.h, enum llama_pooling_type.
 _NO_POOLING = 0
 
@@ -165,10 +167,10 @@ class Context:
         LL.llama_memory_seq_add(self._memory, slot, start, end, delta)
 
     def state_bytes(self, slot: int) -> int:
-        """Return how many bytes `save_state` writes, a few more or less."""
+        """Return how many bytes `save_state` writes at most."""
         self._check_slot(slot)
         n_bytes: int = LL.llama_state_seq_get_size(self.handle, slot)
-        return n_bytes
+        return n_bytes + _STATE_FILE_BYTES
 
     def save_state(self, slot: int, path: str) -> int:
         """Write a slot's cells to a file, a layer at a time; return its bytes, 0: it failed."""
