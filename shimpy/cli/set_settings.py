@@ -18,8 +18,8 @@ def command(model: str, pairs: tuple[str, ...], unset: tuple[str, ...], *, as_js
     """Set what lasts about MODEL; without KEY=VALUE show what is set.
 
     Keys are Ollama's parameters (num_ctx, temperature, stop, ...), and cpu_moe (auto, on, off
-    or a number of layers), keep_alive, system, template, license, aliases (with commas
-    between) and notes. A value that begins with @ names a file to read it from.
+    or a number of layers), keep_alive, system, template, raw (on or off), license, aliases
+    (with commas between) and notes. A value that begins with @ names a file to read it from.
     """
     from shimpy.cli.autostart import connect
     from shimpy.cli.output import print_json

@@ -14,6 +14,7 @@ their quantization; no file's name is written here.
     options = { temperature = 0.7 }       Ollama's names
     stop = ["..."]
     template = "..."             in place of the file's own
+    raw = true                   a lone prompt goes to it as it is; conversations by the template
     system = "..."
     notes = "..."
     aliases = ["qwen3:8b"]       further names, with or without a tag
@@ -55,6 +56,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     options: Mapping[str, OptionValue] = {}
     stop: tuple[str, ...] = ()
     template: str | None = None
+    raw: bool | None = None
     system: str | None = None
     notes: str = ""
     aliases: tuple[str, ...] = ()
@@ -69,6 +71,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return ModelSettings(
             parameters={**self.options, **stop},
             template=self.template,
+            raw=self.raw,
             system=self.system,
             notes=self.notes or None,
         )

@@ -32,6 +32,9 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     system: str | None = None
     # Jinja, or Go's language as Ollama's templates are written in.
     template: str | None = None
+    # Whether a lone prompt (Ollama's /api/generate) goes to the model as it is, as a model that
+    # completes text wants it; conversations go through the template all the same.
+    raw: bool | None = None
     messages: tuple[Turn, ...] | None = None
     license: str | None = None
     # Where the experts live: by free memory, all in RAM, none, or those of the first N layers.

@@ -20,6 +20,7 @@ from shimpy.chat.messages import ToolSpec
 from shimpy.chat.parser import OutputParser, make_parser
 from shimpy.chat.rendered import Rendered
 from shimpy.chat.schema import schema_grammar
+from shimpy.chat.template import ChatTemplate
 from shimpy.errors import UnsupportedError
 from shimpy.protocol.messages import PromptPart, Submit, Text, Tokens
 from shimpy.registry.model import Model
@@ -178,7 +179,7 @@ def _render_chat(
     template = card.template
     if prompt.template is not None:
         template = card.compile_template(prompt.template)
-    elif prompt.is_one_turn and template.family and not template.problem:
+    elif prompt.is_one_turn and (prompt.is_raw or _is_guessed(template)):
         # A model without a template: its prompt is the text alone, as in Ollama.
         text = "\n\n".join(message.content for message in prompt.messages)
         return _Form(rendered=_continued(Rendered(parts=[Text(text)]), prompt))
@@ -195,6 +196,11 @@ def _render_chat(
         rendered=_continued(rendered, prompt),
         chat_format=choose_format(template, with_tools=bool(tools)),
     )
+
+
+def _is_guessed(template: ChatTemplate) -> bool:
+    """Whether the model has no template of its own."""
+    return bool(template.family) and not template.problem
 
 
 def _continued(rendered: Rendered, prompt: ChatPrompt) -> Rendered:

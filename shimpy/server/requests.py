@@ -76,8 +76,9 @@ class ChatPrompt:
     template: str | None = None
     # More values for the template, as llama.cpp's chat_template_kwargs.
     variables: Mapping[str, Any] = field(default_factory=dict)
-    # A single prompt: a model without a template gets it as it is.
+    # A single prompt: a model without a template gets it as it is, and one that is set to.
     is_one_turn: bool = False
+    is_raw: bool = False
 
     @property
     def offered_tools(self) -> tuple[ToolSpec, ...]:

@@ -22,7 +22,7 @@ def with_settings(request: GenerationRequest, model: Model) -> GenerationRequest
 
     Its system message comes first unless the conversation has one of its own; its messages come
     before the conversation's, but not where that goes on from an earlier answer's context.
-    A model's template is part of its card.
+    A single prompt may be set to go to the model as it is. A model's template is part of its card.
     """
     settings = model.settings
     if settings.is_empty:
@@ -30,7 +30,9 @@ def with_settings(request: GenerationRequest, model: Model) -> GenerationRequest
     options = request.options.over(options_of(settings))
     prompt = request.prompt
     if isinstance(prompt, ChatPrompt) and prompt.messages:
-        prompt = replace(prompt, messages=tuple(_opened(prompt, settings)))
+        prompt = replace(
+            prompt, messages=tuple(_opened(prompt, settings)), is_raw=bool(settings.raw)
+        )
     return replace(request, options=options, prompt=prompt)
 
 

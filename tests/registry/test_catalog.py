@@ -120,7 +120,7 @@ def test_defaults_hold_for_every_quantization_of_an_entry() -> None:
 
 def test_the_demo_gets_its_prompts_as_they_are() -> None:
     settings = CATALOG.settings(ModelName("demo"))
-    assert settings.template == "{{ .Prompt }}"
+    assert (settings.raw, settings.template) == (True, None)
     assert settings.parameters["temperature"] == 0.2
     assert settings.parameters["num_predict"] == 256
 

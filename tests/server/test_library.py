@@ -364,6 +364,33 @@ async def test_a_template_that_is_set_is_used(app: Running) -> None:
     assert after["prompt_eval_count"] != before["prompt_eval_count"]
 
 
+async def test_a_raw_model_gets_prompts_as_they_are_and_chats_by_its_template(app: Running) -> None:
+    async def n_prompts() -> tuple[int, int, int, int]:
+        chat = {"messages": [{"role": "user", "content": "abc"}]}
+        own = {"prompt": "abc", "template": "{{ .Prompt }}{{ .Prompt }}"}
+        counts = []
+        for path, body in (
+            ("/api/generate", {"prompt": "abc"}),
+            ("/api/generate", {"prompt": "abc", "raw": True}),
+            ("/api/generate", own),
+            ("/api/chat", chat),
+        ):
+            given = {"model": "chain", "stream": False, "keep_alive": 0} | body
+            answer = await app.client.post(path, json=given)
+            counts.append(int(answer.json()["prompt_eval_count"]))
+        return counts[0], counts[1], counts[2], counts[3]
+
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    await _set(app, "chain", template=template)
+    prompt, raw, own, chat = await n_prompts()
+    assert raw < own < prompt == chat
+    await _set(app, "chain", raw="on")
+    assert (await _show(app, "chain"))["settings"]["raw"] is True
+    assert await n_prompts() == (raw, raw, own, chat)
+    await _set(app, "chain", raw=False)
+    assert await n_prompts() == (prompt, raw, own, chat)
+
+
 async def test_system_and_messages_open_every_conversation(app: Running) -> None:
     body = {"model": "chain", "messages": [{"role": "user", "content": "x"}], "stream": False}
 
@@ -393,6 +420,7 @@ async def test_system_and_messages_open_every_conversation(app: Running) -> None
         ({"cpu_moe": -1}, "cpu_moe"),
         ({"keep_alive": "soon"}, "keep_alive"),
         ({"system": 1}, "system"),
+        ({"raw": "maybe"}, "raw"),
         ({"aliases": "a b"}, "aliases"),
         ({"aliases": "other"}, "other"),
         ({"messages": [{"role": "x"}]}, "messages"),

@@ -17,7 +17,8 @@ from shimpy.units import FOREVER_S
 # What goes by another name too, as llama.cpp's users and shimpy's own config know it.
 _ALIASES: Final = {"n_ctx": "num_ctx", "n_gpu_layers": "num_gpu", "alias": "aliases"}
 _FIELDS: Final = (
-    "cpu_moe", "keep_alive", "system", "template", "messages", "license", "aliases", "notes",
+    "cpu_moe", "keep_alive", "system", "template", "raw", "messages", "license", "aliases",
+    "notes",
 )  # fmt: skip
 _OWN_NAMES: Final = {"keep_alive": "keep_alive_s"}
 _MAX_TEXT: Final = 1024 * 1024
@@ -92,6 +93,15 @@ def _text(key: str, value: Any) -> str:
     return value
 
 
+def _switch(key: str, value: Any) -> bool:
+    known = {"on": True, "off": False}
+    if isinstance(value, str):
+        value = known.get(value.lower())
+    if not isinstance(value, bool):
+        raise InvalidOptionError(f"{key} must be on or off", option=key)
+    return value
+
+
 def _aliases(key: str, value: Any) -> tuple[str, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
@@ -116,6 +126,7 @@ _PARSERS: Final = {
     "keep_alive": _keep_alive,
     "system": _text,
     "template": _text,
+    "raw": _switch,
     "messages": _messages,
     "license": _text,
     "aliases": _aliases,

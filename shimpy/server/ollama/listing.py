@@ -157,6 +157,7 @@ def shown_settings(model: Model) -> dict[str, Any]:
             for name, value in {
                 "cpu_moe": settings.cpu_moe,
                 "keep_alive": settings.keep_alive_s,
+                "raw": settings.raw,
                 "aliases": list(settings.aliases) if settings.aliases is not None else None,
                 "notes": settings.notes,
             }.items()
