@@ -94,45 +94,37 @@ class SavedPrefixes:
     def choose_saves(self, caches: Iterable[IdleCache]) -> list[Save]:
         """Return which of the idle caches to save, in their order.
 
-        1. Too short, or on disk already: not saved.
-        2. The beginning of another one: not saved either, unless it can't be cut from that.
-        3. Anything else is, and covers the files that hold its beginnings.
+        1. Too short, or on disk but for some last tokens: not saved.
+        2. The beginning of a longer one, but for such: not saved either, where it can be cut
+           from that.
+        3. Anything else is, and covers the files of its own beginnings.
 
         A state that goes on from its end alone is saved at the end of the prompt, less its last
         token, which is computed in any case: there the same prompt again and the next one of a
         conversation go on.
         """
         saves = [Save(cache.slot, self._worth_saving(cache)) for cache in caches]
-        return [
-            replace(save, covers=self._covered(save.tokens))
-            for index, save in enumerate(saves)
-            if len(save.tokens) >= MIN_SAVED
-            and not any(self._contains(p.tokens, array("i", save.tokens)) for p in self)
-            and not any(
-                self._contains(other.tokens, save.tokens)
-                for rank, other in enumerate(saves)
-                if len(other.tokens) > len(save.tokens) or rank < index
-            )
-        ]
+        known: list[Sequence[int]] = [prefix.tokens for prefix in self]
+        chosen: list[Save] = []
+        for save in sorted(saves, key=lambda save: len(save.tokens), reverse=True):
+            tokens = array("i", save.tokens)
+            if len(tokens) < MIN_SAVED or any(self._contains(one, tokens) for one in known):
+                continue
+            covers = [one.name for one in self if self._contains(tokens, one.tokens)]
+            chosen.append(replace(save, covers=tuple(covers)))
+            known.append(tokens)
+        return sorted(chosen, key=lambda save: [one.slot for one in saves].index(save.slot))
 
     def _worth_saving(self, cache: IdleCache) -> list[int]:
         if self.whole and self._can_cut:
             return cache.tokens[: max(0, cache.n_prompt - 1)]
         return cache.tokens
 
-    def _contains(self, longer: Sequence[int], tokens: Sequence[int]) -> bool:
-        """Whether a state can be cut to these tokens."""
-        return (longer if self.whole else longer[: len(tokens)]) == tokens
-
-    def _covered(self, tokens: list[int]) -> tuple[str, ...]:
+    def _contains(self, state: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Whether a state serves for these tokens, or is cut to nearly all of them."""
         if self.whole:
-            return ()
-        known = array("i", tokens)
-        return tuple(
-            prefix.name
-            for prefix in self._prefixes.values()
-            if known[: len(prefix.tokens)] == prefix.tokens
-        )
+            return state == tokens
+        return len(tokens) - common_prefix(state, tokens) < MIN_GAIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def test_a_prompt_is_not_computed_again_after_a_reload(tmp_path: Path) -> None:
     assert (first.n_cached, kinds(news)) == (0, ["saved"])
     again, news = life(tmp_path)
     assert (again.n_cached, kinds(news)) == (first.n_prompt - 1, ["restored"])
-    longer, news = life(tmp_path, STEM + "And then?")
+    longer, news = life(tmp_path, STEM + "And then? " * 20)
     assert longer.n_cached >= first.n_prompt - 1
     assert kinds(news) == ["restored", "saved"]
     assert news[0].n_tokens == first.n_prompt + first.n_generated - 1

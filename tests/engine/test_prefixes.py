@@ -107,6 +107,15 @@ def test_what_is_on_disk_is_not_written_again() -> None:
     assert known.choose_saves([cache(0, A), cache(1, A[:500])]) == []
 
 
+def test_what_is_on_disk_but_for_its_end_is_not_written_again() -> None:
+    """Gigabytes would be, for a prompt that is answered otherwise now and then."""
+    known = SavedPrefixes([saved("a", A[:500])], whole=False)
+    assert known.choose_saves([cache(0, A[: 499 + MIN_GAIN])]) == []
+    assert known.choose_saves([cache(0, A[: 500 + MIN_GAIN])]) != []
+    assert known.choose_saves([cache(0, A[:450] + B)])[0].covers == ("a",)
+    assert known.choose_saves([cache(0, A[: 500 - MIN_GAIN] + B)])[0].covers == ()
+
+
 def test_a_longer_one_covers_the_file_of_its_beginning() -> None:
     known = SavedPrefixes([saved("a", A[:500]), saved("b", B)], whole=False)
     assert known.choose_saves([cache(0, A)]) == [Save(0, A, covers=("a",))]

@@ -1,0 +1,92 @@
+"""A prompt's KV cache outlives its worker, seen from the outside: `shimpy serve` and its APIs."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.daemon import Daemon, running_daemon
+
+pytestmark = pytest.mark.slow
+
+LONG = "Once upon a time there was a fox, and the end. " * 20
+LONGER = LONG + "And then there was a question. " * 20
+_TIMEOUT_S = 50.0
+
+
+@pytest.fixture
+def models(tmp_path: Path, llama_model: Path) -> Path:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "llama.gguf").symlink_to(llama_model)
+    return folder
+
+
+def client_of(daemon: Daemon) -> httpx.Client:
+    return httpx.Client(base_url=daemon.url, timeout=_TIMEOUT_S)
+
+
+def ask(client: httpx.Client, prompt: str = LONG) -> tuple[str, int, int]:
+    """Return the answer, the prompt's tokens, and how many of them were cached."""
+    body = {"model": "llama", "prompt": prompt, "temperature": 0, "max_tokens": 12}
+    answer = client.post("/v1/completions", json=body).json()
+    usage = answer["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return answer["choices"][0]["text"], usage["prompt_tokens"], cached
+
+
+def unload(client: httpx.Client) -> dict[str, Any]:
+    """Unload the model as `shimpy stop` does; return the event that tells what was saved."""
+    with client.stream("GET", "/api/events", params={"since": "1m"}) as events:
+        client.post("/api/generate", json={"model": "llama", "keep_alive": 0}).raise_for_status()
+        for line in events.iter_lines():
+            if line.startswith("data: "):
+                event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                if event["kind"] == "saved":
+                    return event
+    raise AssertionError("nothing was saved")
+
+
+def prefix_files(home: Path) -> list[Path]:
+    return sorted((home / "cache" / "prefixes").rglob("*.kv"))
+
+
+def test_a_prompt_is_computed_once_over_unloads_and_restarts(tmp_path: Path, models: Path) -> None:
+    home = tmp_path / "home"
+    with running_daemon(home, models) as daemon, client_of(daemon) as client:
+        first, n_prompt, n_cached = ask(client)
+        assert n_cached == 0
+        event = unload(client)
+        assert (event["model"], event["n_tokens"]) == ("llama:latest", n_prompt + 11)
+        again = ask(client)
+        assert again == (first, n_prompt, n_prompt - 1)
+        metrics = client.get("/metrics").text
+        name = 'shimpy_prefix_tokens_total{kind="%s",model="llama:latest"}'
+        for kind in ("saved", "restored"):
+            assert f"{name % kind} {float(event['n_tokens'])}" in metrics
+        # The daemon ends with the model loaded, and more in its cache than is on disk.
+        longer, n_longer, n_cached = ask(client, LONGER)
+        assert n_cached >= n_prompt - 1
+    [path] = prefix_files(home)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.parent.stat().st_mode) == 0o700
+    with running_daemon(home, models) as daemon, client_of(daemon) as client:
+        assert ask(client, LONGER) == (longer, n_longer, n_longer - 1)
+        path.write_bytes(path.read_bytes()[:-1000])
+    with running_daemon(home, models) as daemon, client_of(daemon) as client:
+        assert ask(client, LONGER) == (longer, n_longer, 0)
+        assert "prefix_discarded" in daemon.log.read_text()
+
+
+def test_nothing_is_kept_where_that_is_switched_off(tmp_path: Path, models: Path) -> None:
+    home = tmp_path / "home"
+    with running_daemon(home, models, "--prefix-cache-size", "0") as daemon:
+        with client_of(daemon) as client:
+            ask(client)
+        assert not prefix_files(home)
+    assert not (home / "cache" / "prefixes").exists()
