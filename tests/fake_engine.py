@@ -44,7 +44,9 @@ from shimpy.protocol.messages import (
     Tokenized,
 )
 
-Death = Literal["exit", "abort", "segv", "bus", "kill", "cuda_oom", "garbage", "hang_up"]
+Death = Literal[
+    "exit", "abort", "segv", "bus", "kill", "cuda_oom", "host_oom", "garbage", "hang_up"
+]
 
 
 @dataclass(kw_only=True)
@@ -72,6 +74,8 @@ class Script:
     is_deaf: bool = False
     # A FIFO that gets a word when a Cancel arrives.
     cancel_tells: str | None = None
+    # The file of a memory cgroup that takes the processes, for "host_oom".
+    cgroup: str | None = None
     prints: list[str] = field(default_factory=list)
     memory: list[tuple[str, int]] = field(default_factory=list)
     load_s: float = 0.01
@@ -203,7 +207,7 @@ class FakeEngine:
             )
         )
 
-    def _die(self, death: Death) -> None:
+    def _die(self, death: Death) -> None:  # noqa: C901 - a case for each death
         match death:
             case "exit":
                 os._exit(7)
@@ -219,6 +223,12 @@ class FakeEngine:
             case "cuda_oom":
                 _print("CUDA error: out of memory")
                 os.abort()
+            case "host_oom":
+                assert self._script.cgroup is not None, "it says which memory to run out of"
+                Path(self._script.cgroup).write_text(str(os.getpid()), encoding="ascii")
+                hog = bytearray()
+                while True:
+                    hog += os.urandom(1024 * 1024)
             case "garbage":
                 with self._send_lock:
                     self._channel.sendall(b"\x04\x00\x00\x00!!!!")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +68,57 @@ async def test_in_mid_stream(workshop: Workshop, death: str) -> None:
                 await lease.tokenize("x")
         Script().save(model.path)
         assert await use(scheduler, model) == "Once upon a time"
+
+
+@pytest.fixture
+def small_cgroup() -> Iterator[Path]:
+    """The file that takes the processes of a memory cgroup of 96 MiB, of version 1 or 2."""
+    root = Path("/sys/fs/cgroup")
+    version_1 = (root / "memory" / "memory.limit_in_bytes").exists()
+    folder = (root / "memory" if version_1 else root) / f"shimpy-test-{os.getpid()}"
+    limits = {"memory.limit_in_bytes" if version_1 else "memory.max": str(96 * 1024 * 1024)}
+    if not version_1:
+        limits["memory.swap.max"] = "0"
+    try:
+        folder.mkdir()
+        for name, limit in limits.items():
+            (folder / name).write_text(limit, encoding="ascii")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    yield folder / "cgroup.procs"
+    folder.rmdir()
+
+
+async def test_killed_by_the_kernel_for_memory(workshop: Workshop, small_cgroup: Path) -> None:
+    """Really so: told from a kill -9 by the kernel's own count."""
+    model = workshop.model("a", dies_after_text="host_oom", cgroup=str(small_cgroup))
+    async with workshop.scheduler() as scheduler:
+        with pytest.raises(WorkerDiedError, match="killed by the kernel because the host ran out"):
+            await use(scheduler, model)
+        await wait_event(scheduler, "died")
+        assert scheduler.history()[-1].cause == "host_out_of_memory"
+        Script(dies_loading="host_oom", cgroup=str(small_cgroup)).save(model.path)
+        with pytest.raises(LoadError, match="the host ran out of memory") as failed:
+            await use(scheduler, model)
+        assert failed.value.out_of_memory
+
+
+async def test_aborted_by_llama_cpp_itself(workshop: Workshop) -> None:
+    """What the real library prints when an assertion fails is what its clients are told."""
+    code = (
+        "import ctypes; from shimpy.engine.llama.library import bind\n"
+        "abort = bind('ggml_abort', None, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p)\n"
+        "abort(b'ggml.c', 42, b'GGML_ASSERT(n_past >= 0) failed')"
+    )
+    argv = (sys.executable, "-c", code)
+    scheduler = Scheduler(Config(), lambda: workshop.hardware, planner=plan, engine_argv=argv)
+    async with scheduler:
+        with pytest.raises(
+            LoadError, match=r"aborted by llama\.cpp: ggml\.c:42: GGML_ASSERT\(n_past"
+        ):
+            await use(scheduler, workshop.model("a"))
 
 
 async def test_those_who_wait_get_a_fresh_worker(workshop: Workshop) -> None:
