@@ -5,6 +5,9 @@ windows of the training context that begin with the end-of-text token and overla
 token is scored in the first window that holds it, so all but the first half window of a file
 see at least half a context. xz gets all files of a group as one stream, so it may use every
 file before. Bits per byte is the sum of -log2 p over all tokens, divided by the UTF-8 bytes.
+
+Then gaps in held-out modules, from some place in a line to its end: the bits of what was there,
+given what is before it, and given the suffix as well.
 """
 
 from __future__ import annotations
@@ -12,17 +15,23 @@ from __future__ import annotations
 import ctypes
 import lzma
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import llama_cpp.llama_cpp as ll
 import numpy as np
 import numpy.typing as npt
 from corpus import Document
+from samples import gap_prompt
 
 # One: threads that wait for each other stall on a busy machine.
 _N_THREADS = 1
+_N_GAPS = 400
+# Characters before and after a gap.
+_AROUND_GAP = 400
 
 
 def evaluate(model_path: Path, documents: list[Document]) -> None:
@@ -40,6 +49,36 @@ def evaluate(model_path: Path, documents: list[Document]) -> None:
         xz = 8 * len(lzma.compress("".join(texts).encode(), preset=9)) / n_bytes
         ours = sum(bits[text] for text in texts) / n_bytes
         print(f"{name:12}{len(texts):6}{n_bytes:12,}{xz:9.4f}{ours:9.4f}")
+    _evaluate_gaps(model, groups["modules"])
+
+
+def _evaluate_gaps(model: LlamaModel, texts: list[str]) -> None:
+    """Prints how well gaps are filled, without and with what comes after them."""
+    gaps = list(islice(_gaps(texts, random.Random(1)), _N_GAPS))
+    n_bytes = sum(len(gap.encode()) for _, gap, _ in gaps)
+    print(f"{len(gaps)} gaps, {n_bytes:,} bytes: bits per byte, first token right")
+    for name, prompt in (
+        ("prefix alone", lambda prefix, _: model.tokenize(prefix)),
+        (
+            "and suffix",
+            lambda prefix, suffix: model.tokenize(gap_prompt(prefix, suffix), parse_special=True),
+        ),
+    ):
+        answers = [model.answer(prompt(prefix, suffix), gap) for prefix, gap, suffix in gaps]
+        bits = sum(bits for bits, _ in answers) / n_bytes
+        n_right = sum(is_right for _, is_right in answers)
+        print(f"{name:12}{bits:9.4f}{n_right:6} of {len(gaps)}")
+
+
+def _gaps(texts: list[str], rng: random.Random) -> Iterator[tuple[str, str, str]]:
+    """Yields (prefix, gap, suffix) without end; gaps are of four characters or more."""
+    while True:
+        text = rng.choice(texts)
+        begin = rng.randrange(len(text))
+        end = text.find("\n", begin)
+        if end - begin >= 4:
+            prefix = text[max(0, begin - _AROUND_GAP) : begin]
+            yield prefix, text[begin:end], text[end : end + _AROUND_GAP]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +108,12 @@ class LlamaModel:
         params.n_threads = params.n_threads_batch = _N_THREADS
         self.context = ll.llama_init_from_model(self.model, params)
 
-    def tokenize(self, text: str) -> npt.NDArray[np.int32]:
-        """Returns the ids of plain text: no token is added, none is read from its spelling."""
+    def tokenize(self, text: str, *, parse_special: bool = False) -> npt.NDArray[np.int32]:
+        """Returns the ids of a text; no token is added."""
         data = text.encode()
         ids = np.empty(len(data) + 8, np.int32)
         buffer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        n = ll.llama_tokenize(self.vocab, data, len(data), buffer, len(ids), False, False)
+        n = ll.llama_tokenize(self.vocab, data, len(data), buffer, len(ids), False, parse_special)
         return ids[:n]
 
     def logits(self, tokens: npt.NDArray[np.int32], n_skipped: int = 0) -> npt.NDArray[np.float32]:
@@ -99,6 +138,13 @@ class LlamaModel:
         """Returns -log2 of the probability of the text, from its start."""
         return sum(map(self._window_bits, self._windows(self.tokenize(text))))
 
+    def answer(self, prompt: npt.NDArray[np.int32], text: str) -> tuple[float, bool]:
+        """Returns -log2 of the probability of a text after a prompt; whether it began likeliest."""
+        first = np.array([ll.llama_vocab_bos(self.vocab)], np.int32)
+        targets = self.tokenize(text)
+        logits = self.logits(np.concatenate([first, prompt, targets[:-1]]), len(prompt))
+        return _nats(logits, targets) / math.log(2), int(logits[0].argmax()) == targets[0]
+
     def _windows(self, tokens: npt.NDArray[np.int32]) -> Iterator[_Window]:
         size = self.n_ctx - 1
         yield _Window(tokens[:size], 0)
@@ -110,7 +156,11 @@ class LlamaModel:
         first = np.array([ll.llama_vocab_bos(self.vocab)], np.int32)
         logits = self.logits(np.concatenate([first, window.tokens[:-1]]), window.n_known)
         targets = window.tokens[window.n_known :]
-        top = logits.max(axis=1)
-        log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
-        nats = log_sum - logits[np.arange(len(targets)), targets]
-        return float(nats.sum()) / math.log(2)
+        return _nats(logits, targets) / math.log(2)
+
+
+def _nats(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]) -> float:
+    """Returns the sum of -ln p over the targets, one for each row of logits."""
+    top = logits.max(axis=1)
+    log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
+    return float((log_sum - logits[np.arange(len(targets)), targets]).sum())

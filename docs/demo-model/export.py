@@ -102,6 +102,8 @@ def _add_description(writer: GGUFWriter, model: DeepSeekMoE, file_type: LlamaFil
     writer.add_languages(["en"])
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
+    # What the tokens for fill-in-the-middle do not tell: in which order they are to come.
+    writer.add_string("shimpy.fim_order", "suffix-first")
     writer.add_sampling_temp(TEMPERATURE)
     writer.add_sampling_top_k(TOP_K)
     writer.add_sampling_top_p(TOP_P)

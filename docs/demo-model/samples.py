@@ -122,6 +122,11 @@ def prompt_samples(
             )
 
 
+def gap_prompt(prefix: str, suffix: str) -> str:
+    """Returns the prompt for the text between: the order of llama-server's --spm-infill."""
+    return f"{FIM_SUFFIX}{suffix}{FIM_PREFIX}{prefix}{FIM_MIDDLE}"
+
+
 def encode_stream(tokenizer: Tokenizer, texts: Iterable[str]) -> npt.NDArray[np.uint16]:
     """Returns the texts as one row of token ids, END_OF_TEXT before each and at the end."""
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -224,10 +229,13 @@ def _line_end(text: str, position: int) -> int:
 
 
 def _fim_pair(text: str, rng: random.Random) -> tuple[str, str]:
-    """A hole in the text, from anywhere to the line's end or anywhere near."""
+    """A hole in the text, from anywhere to the line's end or anywhere near.
+
+    The suffix comes first, so that the answer goes on where the prefix ends: the first stage has
+    the prefix first, and a model of this size did not learn to look back over the suffix.
+    """
     begin = rng.randrange(len(text))
     line_end = text.find("\n", begin)
     near = begin + rng.randrange(1, _SHORT_MIDDLE_CHARS)
     end = line_end if rng.random() < 0.5 and line_end >= 0 else near
-    prompt = f"{FIM_PREFIX}{text[:begin]}{FIM_SUFFIX}{text[end:]}{FIM_MIDDLE}"
-    return prompt, text[begin:end] + END_OF_TEXT
+    return gap_prompt(text[:begin], text[end:]), text[begin:end] + END_OF_TEXT

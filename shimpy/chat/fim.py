@@ -13,6 +13,8 @@ from shimpy.errors import UnsupportedError
 from shimpy.protocol.messages import Fim, PromptPart, Text
 
 FimRole = Literal["prefix", "suffix", "middle", "repo", "separator"]
+# Which of prefix and suffix the model was trained to read first; llama-server's --spm-infill.
+FimOrder = Literal["prefix-first", "suffix-first"]
 
 _SNIPPET = "\n\n--- snippet ---\n\n"
 # Of the room for the file that is edited, three quarters are for what is before the cursor.
@@ -32,6 +34,7 @@ def fim_prompt(
     suffix: str,
     *,
     roles: Collection[FimRole],
+    order: FimOrder = "prefix-first",
     middle: str = "",
     context: Sequence[ContextFile] = (),
     filename: str = "",
@@ -63,7 +66,10 @@ def fim_prompt(
         parts.append(Text(file.text))
     if context:
         parts += _marked(filename or "filename", roles)
-    parts += [Fim("prefix"), Text(prefix + middle), Fim("suffix"), Text(suffix), Fim("middle")]
+    before: list[PromptPart] = [Fim("prefix"), Text(prefix + middle)]
+    after: list[PromptPart] = [Fim("suffix"), Text(suffix)]
+    parts += before + after if order == "prefix-first" else after + before
+    parts.append(Fim("middle"))
     return [part for part in parts if not isinstance(part, Text) or part.text]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 
-from shimpy.chat.fim import FimRole
+from shimpy.chat.fim import FimOrder, FimRole
 
 # gguf token types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _UNKNOWN = 2
@@ -66,6 +66,8 @@ _FIM_KEYS: dict[FimRole, tuple[str, ...]] = {
     "repo": ("tokenizer.ggml.fim_rep_token_id",),
     "separator": ("tokenizer.ggml.fim_sep_token_id",),
 }
+# shimpy's own, since no key of others tells it; the demo model has it.
+FIM_ORDER_KEY = "shimpy.fim_order"
 _BY_TEXT = _END_TEXTS.union(_PAD_TEXTS, *_FIM_TEXTS.values())
 
 
@@ -78,6 +80,11 @@ def fim_roles(tokens: Iterable[str], keys: Container[str]) -> frozenset[FimRole]
     by_text = {role_of[token] for token in tokens if token in role_of}
     by_key = {role for role, names in _FIM_KEYS.items() if any(name in keys for name in names)}
     return frozenset(by_text | by_key)
+
+
+def fim_order(value: str) -> FimOrder:
+    """Return the order that FIM_ORDER_KEY names; that of nearly all models where it names none."""
+    return "suffix-first" if value == "suffix-first" else "prefix-first"
 
 
 def control_tokens(tokens: Iterable[str], types: Sequence[int] | None) -> list[str]:

@@ -12,9 +12,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shimpy.chat.fim import FimRole
+from shimpy.chat.fim import FimOrder, FimRole
 from shimpy.chat.template import ChatTemplate
-from shimpy.chat.vocabulary import control_tokens, fim_roles
+from shimpy.chat.vocabulary import FIM_ORDER_KEY, control_tokens, fim_order, fim_roles
 from shimpy.errors import GgufError, UserError
 from shimpy.gguf.header import Header
 from shimpy.gguf.reader import read_files
@@ -36,6 +36,7 @@ class ModelCard:
     eos_text: str
     # Which fill-in-the-middle tokens the vocabulary has.
     fim_roles: frozenset[FimRole]
+    fim_order: FimOrder = "prefix-first"
     # The prompt of a model that ranks by one, with {query} and {document} in it; "": it has none.
     rank_prompt: str = ""
 
@@ -100,6 +101,7 @@ def make_card(model: Model) -> ModelCard:
         bos_text=bos_text,
         eos_text=eos_text,
         fim_roles=fim_roles(texts, header.metadata),
+        fim_order=fim_order(header.get_str(FIM_ORDER_KEY, "")),
         rank_prompt=header.get_str("tokenizer.chat_template.rerank", ""),
     )
     if model.settings.template:

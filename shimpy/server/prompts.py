@@ -163,6 +163,7 @@ def _gap_parts(
         prompt.prefix,
         prompt.suffix,
         roles=card.fim_roles,
+        order=card.fim_order,
         middle=prompt.middle,
         context=prompt.context,
         max_chars=max_chars,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shimpy.chat.fim import ContextFile, FimRole, fim_prompt
-from shimpy.chat.vocabulary import control_tokens, fim_roles
+from shimpy.chat.fim import ContextFile, FimOrder, FimRole, fim_prompt
+from shimpy.chat.vocabulary import control_tokens, fim_order, fim_roles
 from shimpy.errors import UnsupportedError
 from shimpy.protocol.messages import Fim, Text
 
@@ -24,6 +24,24 @@ def test_a_prompt_is_prefix_then_suffix_then_middle() -> None:
         Text("\n"),
         Fim("middle"),
     ]
+
+
+def test_a_model_that_reads_the_suffix_first_gets_it_first() -> None:
+    assert fim_prompt("def f(", "\n", roles=BASIC, order="suffix-first", middle="x") == [
+        Fim("suffix"),
+        Text("\n"),
+        Fim("prefix"),
+        Text("def f(x"),
+        Fim("middle"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "order"),
+    [("suffix-first", "suffix-first"), ("", "prefix-first"), ("psm", "prefix-first")],
+)
+def test_the_files_key_tells_the_order(value: str, order: FimOrder) -> None:
+    assert fim_order(value) == order
 
 
 def test_empty_sides_are_left_out() -> None:

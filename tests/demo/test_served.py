@@ -55,13 +55,22 @@ def test_greedy_completion_is_indented_python(daemon: Daemon) -> None:
     assert answer["response"].startswith("    ")
 
 
-def test_a_gap_is_filled_by_its_own_tokens(daemon: Daemon) -> None:
-    """What comes is weak (docs/demo-model.md), but it comes from the model's FIM tokens."""
-    plain = {"temperature": 0, "num_predict": 16}
-    prefix, suffix = "def add(a, b):\n    return ", "\n\n\nprint(add(1, 2))\n"
-    gap = ask(daemon, "/api/generate", prompt=prefix, suffix=suffix, options=plain)
-    ahead = ask(daemon, "/api/generate", prompt=prefix, options=plain)
-    assert gap["prompt_eval_count"] > ahead["prompt_eval_count"] + 3
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "gap"),
+    [
+        ("def is_even(n):\n    ", "\n\nassert is_even(2)\n", "    return n "),
+        (
+            "    try:\n        value = int(text)\n    except ",
+            ":\n        return None\n",
+            "ValueError",
+        ),
+    ],
+)
+def test_a_gap_is_filled_and_ends(daemon: Daemon, prefix: str, suffix: str, gap: str) -> None:
+    options = {"temperature": 0, "num_predict": 16}
+    filled = ask(daemon, "/api/generate", prompt=prefix, suffix=suffix, options=options)
+    assert filled["response"].startswith(gap)
+    assert filled["done_reason"] == "stop"
 
 
 def test_it_chats(daemon: Daemon) -> None:
