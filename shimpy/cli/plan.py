@@ -181,8 +181,10 @@ def find_hardware(config: Config, *, vram: tuple[int, ...], ram: int | None) -> 
     actual = None
     if cards is None or ram is None:
         from shimpy.placement.probe import probe_hardware
+        from shimpy.scheduler.overheads import FILE_NAME, Overheads
 
         actual = probe_hardware(reserve_vram=config.reserve_vram, reserve_ram=config.reserve_ram)
+        actual = Overheads(config.state_dir / FILE_NAME).applied(actual)
     return suppose(actual, vram_bytes=cards, ram_bytes=ram)
 
 

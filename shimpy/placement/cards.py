@@ -42,6 +42,8 @@ class Card:
     # Bytes; None: unknown.
     free_bytes: int | None = None
     total_bytes: int = 0
+    # The driver's version.
+    driver: str = ""
 
 
 def _import_nvml() -> Any:
@@ -115,6 +117,9 @@ def _nvidia_cards(sources: CardSources) -> Iterator[Card]:
         count = nvml.nvmlDeviceGetCount()
     except Exception:  # noqa: BLE001 -- no NVML, no NVIDIA card
         return
+    driver = ""
+    with contextlib.suppress(nvml.NVMLError):
+        driver = _text(nvml.nvmlSystemGetDriverVersion())
     for index in range(count):
         with contextlib.suppress(nvml.NVMLError):
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
@@ -126,6 +131,7 @@ def _nvidia_cards(sources: CardSources) -> Iterator[Card]:
                 uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
                 free_bytes=int(memory.free),
                 total_bytes=int(memory.total),
+                driver=driver,
             )
 
 

@@ -159,9 +159,11 @@ def _settings_line(placement: Placement) -> str:
 
 
 def _device_line(device: DeviceUse) -> str:
+    kept = device.workspace_bytes + device.margin_bytes
     return (
         f"{device.name}: {_sum(device)} + context {format_bytes(device.overhead_bytes)} = "
-        f"{format_bytes(device.total_bytes)} of {format_bytes(device.free_bytes)} free"
+        f"{format_bytes(device.total_bytes)} of {format_bytes(device.free_bytes)} free, of which "
+        f"{format_bytes(kept)} stay so for heavy work and as a margin"
     )
 
 
@@ -209,6 +211,7 @@ def _rung_parts(rung: Rung) -> dict[str, Any]:
                 "kv_bytes": device.kv_bytes,
                 "compute_bytes": device.compute_bytes,
                 "overhead_bytes": device.overhead_bytes,
+                "workspace_bytes": device.workspace_bytes,
                 "total_bytes": device.total_bytes,
             }
             for device in rung.devices

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from shimpy.units import MIB
 
-# What a process takes on a CUDA card besides llama.cpp's buffers: a context of 530 MiB, and a
-# workspace of up to 210 that appears with work. Measured on an H200; smaller cards take less.
-CUDA_OVERHEAD_BYTES = 740 * MIB
+# What a process takes on a CUDA card besides llama.cpp's buffers, until it is learnt (`overhead`):
+# a context of 530 MiB, and 70 more with the first answer; heavy work claims up to 150 beyond that.
+# Measured on an H200; smaller cards take less.
+CUDA_OVERHEAD_BYTES = 608 * MIB
+CUDA_WORKSPACE_BYTES = 160 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +24,16 @@ class Gpu:
     backend: str
     free_bytes: int
     total_bytes: int
-    # What a process costs on the card before its first buffer, and what appears with work.
+    # What a process takes on the card besides its buffers once it has answered.
     overhead_bytes: int
+    # What heavy work may add to that.
+    workspace_bytes: int = 0
     # Its memory is the host's own (Apple, integrated GPUs).
     is_shared: bool = False
     # PCI bus id or UUID, to match a llama.cpp device with NVML's.
     device_id: str = ""
+    # The driver's version, where it tells.
+    driver: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +88,7 @@ def suppose(
                 free_bytes=size,
                 total_bytes=size,
                 overhead_bytes=CUDA_OVERHEAD_BYTES,
+                workspace_bytes=CUDA_WORKSPACE_BYTES,
             )
             for i, size in enumerate(vram_bytes)
         )

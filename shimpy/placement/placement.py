@@ -61,20 +61,27 @@ class DeviceUse:
     weights_bytes: int
     kv_bytes: int
     compute_bytes: int
-    # The process's own share: a context on the card, and what appears with work.
+    # The process's own share: a context on the card, and what appears with the first answer.
     overhead_bytes: int
+    # What heavy work may add to that: kept free too.
+    workspace_bytes: int = 0
     # Kept free beside it: what a forecast may be off by.
     margin_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """All that the worker takes on this device."""
+        """All that the worker takes on this device, once it has answered."""
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.overhead_bytes
 
     @property
     def missing_bytes(self) -> int:
         """How much more than the free memory it needs, its margin counted; 0 when it fits."""
-        return max(0, self.total_bytes + self.margin_bytes - self.free_bytes)
+        return max(0, self.most_bytes + self.margin_bytes - self.free_bytes)
+
+    @property
+    def most_bytes(self) -> int:
+        """All that the worker may come to take on this device."""
+        return self.total_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,13 @@ from shimpy.placement.cards import (
     probe_cards,
     visible_nvidia,
 )
-from shimpy.placement.hardware import CUDA_OVERHEAD_BYTES, Gpu, Hardware, UnusableGpu
+from shimpy.placement.hardware import (
+    CUDA_OVERHEAD_BYTES,
+    CUDA_WORKSPACE_BYTES,
+    Gpu,
+    Hardware,
+    UnusableGpu,
+)
 from shimpy.placement.host import HostSources, probe_host
 from shimpy.protocol.messages import BuildInfo, DeviceInfo
 from shimpy.units import MIB
@@ -221,6 +227,7 @@ def _gpu(device: DeviceInfo) -> Gpu:
         free_bytes=device.free_bytes,
         total_bytes=device.total_bytes,
         overhead_bytes=overhead,
+        workspace_bytes=CUDA_WORKSPACE_BYTES if device.backend == "CUDA" else 0,
         is_shared=is_shared,
         device_id=pci_id(device.device_id) or device.device_id,
     )
@@ -232,7 +239,8 @@ def _with_driver(gpu: Gpu, device: DeviceInfo, cards: Iterable[Card]) -> Gpu | N
         same = card.device_id and card.device_id == gpu.device_id
         off = abs(card.total_bytes - device.total_bytes)
         if same and card.free_bytes is not None and off <= _SAME_CARD * card.total_bytes:
-            return replace(gpu, free_bytes=min(card.free_bytes, gpu.total_bytes))
+            free = min(card.free_bytes, gpu.total_bytes)
+            return replace(gpu, free_bytes=free, driver=card.driver)
     return None
 
 

@@ -125,7 +125,7 @@ def describe_lack(hardware: Hardware, rung: Rung) -> str:
     """Return which devices lack how many bytes; empty: none does."""
     parts = [
         f"{device.name} lacks {format_bytes(device.missing_bytes)} "
-        f"(needs {format_bytes(device.total_bytes + device.margin_bytes)}, "
+        f"(needs {format_bytes(device.most_bytes + device.margin_bytes)}, "
         f"{format_bytes(device.free_bytes)} free)"
         for device in rung.devices
         if device.missing_bytes

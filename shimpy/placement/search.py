@@ -221,6 +221,7 @@ class Search:
                 kv_bytes=part.kv_bytes,
                 compute_bytes=part.compute_bytes,
                 overhead_bytes=gpu.overhead_bytes,
+                workspace_bytes=gpu.workspace_bytes,
                 margin_bytes=SAFETY_BYTES if estimate.is_exact else _margin(part.compute_bytes),
             )
             for gpu, part in zip(team, estimate.use.gpus, strict=True)
@@ -264,7 +265,7 @@ class Search:
         equal = Layout(n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe, split=(1.0,) * len(team))
         buffers = [use.compute_bytes for use in self.memory.estimate(equal, context).gpus]
         room = [
-            max(0, gpu.free_bytes - gpu.overhead_bytes - compute - _margin(compute))
+            max(0, _room(gpu) - compute - _margin(compute))
             for gpu, compute in zip(team, buffers, strict=True)
         ]
         return _share_out(sizes, room)
@@ -287,6 +288,11 @@ def setup_of(placement: Placement) -> Setup:
             flash_attn=placement.flash_attn,
         ),
     )
+
+
+def _room(gpu: Gpu) -> int:
+    """Return what is left of a GPU for buffers; negative: not even a process fits."""
+    return gpu.free_bytes - gpu.overhead_bytes - gpu.workspace_bytes
 
 
 def _names(team: Team) -> tuple[str, ...]:
@@ -324,7 +330,7 @@ def _teams(gpus: tuple[Gpu, ...]) -> list[Team]:
     usable = [gpu for gpu in gpus if not gpu.is_shared]
     if not usable:
         usable = [gpu for gpu in gpus if gpu.is_shared][:1]
-    by_room = sorted(usable, key=lambda gpu: gpu.overhead_bytes - gpu.free_bytes)
+    by_room = sorted(usable, key=_room, reverse=True)
     return [
         tuple(gpu for gpu in usable if gpu in by_room[:count])
         for count in range(1, len(by_room) + 1)

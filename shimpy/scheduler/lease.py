@@ -48,6 +48,11 @@ class Lease:
         # Whether the worker has served anything under this lease to its end.
         self.completed = False
 
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id."""
+        return self._worker.pid
+
     async def generate(self, submit: Submit) -> AsyncGenerator[Delta | Prefilled | Done, None]:
         """Yield what a generation gives, Done last; `submit.request` is chosen here.
 

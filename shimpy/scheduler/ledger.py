@@ -164,6 +164,8 @@ class Ledger:
             if resident.worker not in gone:
                 use = use_of(resident)
                 kept.update({**use.devices, HOST: use.host + use.mapped})
+                # What heavy work may still claim, or has claimed: the snapshot can't tell.
+                kept.update({d.name: d.workspace_bytes for d in resident.rung.devices})
         change.subtract(claimed)
         kept.update(claimed)
 
@@ -200,6 +202,6 @@ def rung_on(rung: Rung, hardware: Hardware) -> Rung:
 
 
 def _need(rung: Rung) -> Counter[str]:
-    need = Counter({device.name: device.total_bytes for device in rung.devices})
+    need = Counter({device.name: device.most_bytes for device in rung.devices})
     need[HOST] = rung.host.total_bytes
     return need

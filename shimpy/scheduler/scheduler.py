@@ -32,6 +32,7 @@ from shimpy.scheduler.exits import ExitKind, WorkerExit
 from shimpy.scheduler.lease import Lease
 from shimpy.scheduler.ledger import Ledger
 from shimpy.scheduler.loads import load_message, with_defaults, with_prefixes
+from shimpy.scheduler.overheads import Overheads
 from shimpy.scheduler.policy import Planner
 from shimpy.scheduler.reports import HistoryEvent, Journal, ResidentInfo, WaitingInfo
 from shimpy.scheduler.simulations import ROUNDS, Simulations, needs_check
@@ -53,6 +54,7 @@ class Scheduler:
         *,
         planner: Planner = plan_model,
         simulations: Simulations | None = None,
+        overheads: Overheads | None = None,
         engine_argv: Sequence[str] = ENGINE_ARGV,
         clock: Clock | None = None,
         deadlines: Deadlines | None = None,
@@ -66,6 +68,7 @@ class Scheduler:
             load_s=config.load_timeout, silence_s=config.hang_timeout
         )
         self.simulations = simulations or Simulations(None)
+        self._overheads = overheads or Overheads(None)
         self._core = SchedulerCore(
             _limits(config), planner if simulations is None else simulations.plan
         )
@@ -245,6 +248,8 @@ class Scheduler:
             yield lease
         finally:
             now = self._clock.now()
+            if lease.completed:
+                self._look_at(lease)
             self._carry_out(self._core.on_released(request.id, now, completed=lease.completed))
 
     async def _wait_granted(self, request: Request) -> Lease:
@@ -307,6 +312,8 @@ class Scheduler:
 
     async def _probe_hardware(self) -> None:
         try:
+            if not any(resident.rung.devices for resident in self._core.residents.values()):
+                await asyncio.to_thread(self._overheads.look)
             hardware = await self._check_figures(await asyncio.to_thread(self._probe))
             self._hardware = hardware
         except Exception as error:  # noqa: BLE001 - a task's boundary: those who wait must hear
@@ -345,6 +352,17 @@ class Scheduler:
         placement, hardware = start.rung.placement, self._hardware
         await asyncio.to_thread(
             self.simulations.observe, start.model, placement, ready.memory, hardware
+        )
+
+    def _look_at(self, lease: Lease) -> None:
+        """Learn what a worker that has answered takes on its card besides its buffers."""
+        pid, hardware, devices = lease.pid, self._hardware, lease.rung.placement.devices
+        # Of several devices the driver tells the sum for the process, or less.
+        if hardware is None or pid is None or len(devices) != 1 or not self._overheads.is_due(pid):
+            return
+        memory = lease.ready.memory
+        self._tasks.create_task(
+            asyncio.to_thread(self._overheads.read, pid, devices[0], memory, hardware)
         )
 
     def _note(self, event: Event) -> None:

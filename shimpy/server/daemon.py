@@ -34,6 +34,8 @@ from shimpy.registry.own import BuiltIn, StoreModels
 from shimpy.registry.registry import Registry
 from shimpy.registry.store import LEFTOVER_S, Store
 from shimpy.registry.tools import tool_sources
+from shimpy.scheduler.overheads import FILE_NAME as OVERHEADS_NAME
+from shimpy.scheduler.overheads import Overheads
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.scheduler.simulations import FILE_NAME as SIMULATIONS_NAME
 from shimpy.scheduler.simulations import Simulations
@@ -112,7 +114,8 @@ async def _serve(
 ) -> None:
     catalog = await asyncio.to_thread(CatalogFile, config_folder() / CATALOG_NAME)
     fresh = FreshRegistry(make_registry(config, store, catalog, tool_folders()))
-    machine = Machine(make_probe(config))
+    overheads = Overheads(config.state_dir / OVERHEADS_NAME)
+    machine = Machine(make_probe(config), overheads)
     tls = await asyncio.to_thread(make_tls, config.tls_cert, config.tls_key)
     inherited = inherited_sockets()
     sockets = inherited or await open_bind(config.bind)
@@ -129,7 +132,10 @@ async def _serve(
         simulations = Simulations(config.state_dir / SIMULATIONS_NAME, speeds=speeds)
         async with (
             Scheduler(
-                config, partial(_probe, machine, speeds), simulations=simulations
+                config,
+                partial(_probe, machine, speeds),
+                simulations=simulations,
+                overheads=overheads,
             ) as scheduler,
             asyncio.TaskGroup() as tasks,
         ):

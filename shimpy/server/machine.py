@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware, UnusableGpu
+from shimpy.scheduler.overheads import Overheads
 from shimpy.units import format_bytes
 
 _log = get_logger("machine")
@@ -14,8 +15,10 @@ _log = get_logger("machine")
 class Machine:
     """The hardware as the last probe saw it."""
 
-    def __init__(self, probe: Callable[[], Hardware]) -> None:
+    def __init__(self, probe: Callable[[], Hardware], overheads: Overheads | None = None) -> None:
+        """`overheads` know what workers take on the cards beside their buffers."""
         self._probe = probe
+        self._overheads = overheads or Overheads(None)
         self._last: Hardware | None = None
 
     def use(self, probe: Callable[[], Hardware]) -> None:
@@ -24,7 +27,7 @@ class Machine:
 
     def probe(self) -> Hardware:
         """Return a fresh snapshot; blocking, so for a thread."""
-        self._last = self._probe()
+        self._last = self._overheads.applied(self._probe())
         return self._last
 
     @property

@@ -38,6 +38,7 @@ DEVICE_KEYS = [
     "kv_bytes",
     "compute_bytes",
     "overhead_bytes",
+    "workspace_bytes",
     "total_bytes",
 ]
 HOST_KEYS = ["available_bytes", "weights_bytes", "total_bytes", "locked"]
@@ -104,7 +105,8 @@ def test_each_device_has_a_line_that_adds_up() -> None:
         "10.2 GiB", "why", "settings", "CUDA0", "CUDA1", "RAM", "figures", "experts",
     ]  # fmt: skip
     assert "layers" in lines[0]
-    assert lines[3].endswith("of 8.0 GiB free")
+    assert "of 8.0 GiB free" in lines[3]
+    assert lines[3].endswith("stay so for heavy work and as a margin")
 
 
 def test_it_is_told_whether_figures_are_exact() -> None:

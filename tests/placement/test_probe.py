@@ -50,6 +50,9 @@ class FakeNvml:
     def nvmlDeviceGetPciInfo(self, handle: int) -> Any:  # noqa: N802
         return SimpleNamespace(busId=self.cards[handle][0].encode())
 
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "570.1"
+
     def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
         return f"GPU-{handle}abc"
 
@@ -247,7 +250,7 @@ def test_free_memory_comes_from_nvml_by_the_bus_address(tmp_path: Path, host: Ho
     ]
     assert snapshot.unusable == ()
     assert snapshot.host.available_bytes == 59 * GIB
-    assert {gpu.overhead_bytes for gpu in snapshot.gpus} == {740 * MIB}
+    assert {gpu.overhead_bytes + gpu.workspace_bytes for gpu in snapshot.gpus} == {768 * MIB}
 
 
 def test_llama_cpp_is_asked_once_where_a_driver_tells_the_rest(
