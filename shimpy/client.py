@@ -167,9 +167,14 @@ class Client:
         if response.status_code >= _HTTP_ERROR:
             raise _error_of(response.status_code, response.content)
 
-    def collect_garbage(self, *, everything: bool = False) -> dict[str, Any]:
-        """Remove what no model needs; what is young only if `everything`."""
-        return self._call("POST", "/api/gc", {"all": everything})
+    def collect_garbage(
+        self, *, everything: bool = False, prefixes: bool = False
+    ) -> dict[str, Any]:
+        """Remove what no model needs; what is young only if `everything`.
+
+        `prefixes`: and the KV caches of prompts that are kept for unloaded models.
+        """
+        return self._call("POST", "/api/gc", {"all": everything, "prefixes": prefixes})
 
     def verify(self, models: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
         """Yield progress and findings of /api/verify as they come."""

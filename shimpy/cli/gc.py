@@ -9,15 +9,16 @@ from shimpy.cli.options import json_option
 
 @click.command(name="gc")
 @click.option("--all", "everything", is_flag=True, help="Also what changed in the last hour.")
+@click.option("--prefixes", is_flag=True, help="Also all KV caches of prompts that are kept.")
 @json_option
-def command(*, everything: bool, as_json: bool) -> None:
+def command(*, everything: bool, prefixes: bool, as_json: bool) -> None:
     """Remove the store's files that no model needs: broken-off pulls, unused uploads."""
     from shimpy.cli.autostart import connect
     from shimpy.cli.output import hint, print_json
     from shimpy.units import format_bytes
 
     with connect() as client:
-        collected = client.collect_garbage(everything=everything)
+        collected = client.collect_garbage(everything=everything, prefixes=prefixes)
     if as_json:
         print_json(collected)
         return

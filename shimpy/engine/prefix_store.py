@@ -33,6 +33,7 @@ from shimpy.engine.prefix_file import (
 )
 from shimpy.engine.prefixes import Save, SavedPrefix, SavedPrefixes, StoredFile, plan_room
 from shimpy.protocol.messages import Load, PrefixNews
+from shimpy.protocol.prefixes import folder_name
 from shimpy.units import GIB
 
 SUFFIX: Final = ".kv"
@@ -63,7 +64,7 @@ class PrefixStore:
         self._send = send
         self._limit = load.prefix_cache_bytes
         self._root = Path(load.prefix_dir)
-        self._folder = self._root / load.digest[: 2 * KEY_BYTES]
+        self._folder = self._root / folder_name(load.digest)
         self._key = prefix_key(load, backend.state_key)
         # What is being written.
         self._part: Path | None = None

@@ -31,6 +31,7 @@ from shimpy.registry.own import BUILT_IN, DEMO
 from shimpy.registry.settings import ModelSettings
 from shimpy.registry.store import Store
 from shimpy.server.generation import find_model
+from shimpy.server.prefixes import sweep_gone
 from shimpy.server.record import Record
 from shimpy.server.services import Services
 
@@ -58,6 +59,7 @@ async def remove_model(services: Services, text: str, record: Record) -> ModelNa
     services.scheduler.unload(str(name))
     await asyncio.to_thread(services.store.remove, name)
     await services.registry.scan()
+    await sweep_gone(services.config.prefix_dir, services.registry)
     record.model = str(name)
     return name
 

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from shimpy.server.prefixes import Swept, sweep
 from tests.daemon import Daemon, running_daemon
 
 pytestmark = pytest.mark.slow
@@ -81,6 +82,26 @@ def test_a_prompt_is_computed_once_over_unloads_and_restarts(tmp_path: Path, mod
     with running_daemon(home, models) as daemon, client_of(daemon) as client:
         assert ask(client, LONGER) == (longer, n_longer, 0)
         assert "prefix_discarded" in daemon.log.read_text()
+        unload(client)
+        assert prefix_files(home)
+        assert daemon.shimpy("gc", "--prefixes").returncode == 0
+        assert not prefix_files(home)
+
+
+def test_prefixes_of_models_that_have_gone_are_swept(tmp_path: Path) -> None:
+    """And nothing else: no file beside them, nothing behind a link."""
+    root, elsewhere = tmp_path / "prefixes", tmp_path / "elsewhere"
+    for name in ("a" * 32, "b" * 32):
+        (root / name).mkdir(parents=True)
+        (root / name / "x.kv").write_bytes(b"123")
+    (root / "lock").touch()
+    elsewhere.mkdir()
+    (elsewhere / "precious").touch()
+    (root / ("c" * 32)).symlink_to(elsewhere)
+    assert sweep(root, ["a" * 64]) == Swept(1, 3)
+    assert sorted(path.name[0] for path in root.iterdir()) == ["a", "c", "l"]
+    assert (elsewhere / "precious").exists()
+    assert sweep(tmp_path / "none", []) == Swept()
 
 
 def test_nothing_is_kept_where_that_is_switched_off(tmp_path: Path, models: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -20,6 +21,7 @@ from shimpy.server.library import put_settings
 from shimpy.server.native.settings import changed
 from shimpy.server.ollama.library import STATUS_FORM
 from shimpy.server.ollama.requests import parse_model
+from shimpy.server.prefixes import sweep
 from shimpy.server.record import record_of
 from shimpy.server.services import Services, services_of
 from shimpy.server.streaming import json_response, ndjson_line, stream_chunks
@@ -39,6 +41,8 @@ class CollectBody(msgspec.Struct):
 
     # What is unused but young goes too.
     all: bool | None = None
+    # All saved prefixes of prompts go too.
+    prefixes: bool | None = None
 
 
 class VerifyBody(msgspec.Struct):
@@ -67,8 +71,16 @@ async def gc(request: web.Request) -> web.Response:
     body = msgspec.convert({}, CollectBody)
     if request.body_exists:
         body = await read_body(request, CollectBody)
-    store = services_of(request).store
-    collected = await asyncio.to_thread(store.gc, min_age_s=0.0 if body.all else YOUNG_S)
+    services = services_of(request)
+    min_age_s = 0.0 if body.all else YOUNG_S
+    collected = await asyncio.to_thread(services.store.gc, min_age_s=min_age_s)
+    if body.prefixes:
+        swept = await asyncio.to_thread(sweep, services.config.prefix_dir, [])
+        collected = replace(
+            collected,
+            n_files=collected.n_files + swept.n_files,
+            freed_bytes=collected.freed_bytes + swept.n_bytes,
+        )
     return json_response(collected)
 
 
