@@ -276,6 +276,14 @@ class Books:
             queue for queue in self.queues.values() if queue.move is not None and not queue.waiting
         ]
 
+    def expiring_moves(self) -> list[tuple[ModelQueue, float]]:
+        """Return the queues whose model is to be loaded again, and until when that is of use."""
+        return [
+            (queue, queue.move.idle_since_s + queue.move.keep_alive_s)
+            for queue in self.moving
+            if queue.move is not None and not queue.resident and not self.is_pinned(queue.key)
+        ]
+
     # --- pins -----------------------------------------------------------------------------
 
     def is_pinned(self, key: str) -> bool:

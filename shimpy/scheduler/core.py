@@ -101,11 +101,7 @@ class SchedulerCore:
         books = self._books
         idle = [r for r in books.residents.values() if r.is_idle and not books.has_waiting(r)]
         times = [resident.expires_s for resident in idle]
-        times += [
-            queue.move.expires_s
-            for queue in books.moving
-            if queue.move is not None and queue.resident is None
-        ]
+        times += [expires_s for _, expires_s in books.expiring_moves()]
         times += [
             queue.blocked_since_s + policy.PATIENCE_S
             for queue in books.queues.values()
@@ -491,10 +487,9 @@ class SchedulerCore:
 
     def _expire(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for queue in self._books.moving:
-            if queue.move is not None and now >= queue.move.expires_s and not queue.resident:
-                kept = format_duration(queue.move.keep_alive_s)
-                reason = f"idle for its keep_alive of {kept}"
+        for queue, expires_s in self._books.expiring_moves():
+            if now >= expires_s:
+                reason = "its keep_alive was over before it was loaded again"
                 effects += self._books.drop_move(
                     queue, reason, now, kind="unload", cause="keep_alive"
                 )

@@ -95,9 +95,13 @@ class Ledger:
         )
 
     def unpinned(self, *, without: Iterable[Resident] = ()) -> Hardware:
-        """Return what there is when all but the pinned ones, and those in `without`, have gone."""
+        """Return what there is at most when all but the pinned ones, and `without`, have gone.
+
+        A pinned one that loads may be in the snapshot already: it is not counted twice.
+        """
         gone = self._gone(without) | {r.worker for r in self.residents if not r.is_pinned}
-        return self._hardware_with(gone=gone, claimed=self._held_bytes(firm_only=True))
+        held = self._held_bytes(firm_only=True)
+        return self._hardware_with(gone=gone, claimed=held, is_loading_seen=True)
 
     def shortfall(self, margins: Mapping[str, int]) -> dict[str, int]:
         """Return by how much other programs have eaten into the margins, in bytes per device.
@@ -144,21 +148,32 @@ class Ledger:
         stopping = {r.worker for r in self.residents if r.phase is Phase.STOPPING}
         return frozenset(stopping | {r.worker for r in without})
 
-    def _change(self, gone: frozenset[int]) -> Counter[str]:
-        """Return what the snapshot's figures are to be changed by."""
+    def _change(self, gone: frozenset[int], *, is_loading_seen: bool = False) -> Counter[str]:
+        """Return what the snapshot's figures are to be changed by.
+
+        `is_loading_seen`: what loads is in the snapshot already.
+        """
         change: Counter[str] = Counter()
         for resident in self.residents:
             use = use_of(resident)
             if resident.worker in gone:
                 change.update({**use.devices, HOST: use.host})
             elif resident.phase is Phase.LOADING:
+                if is_loading_seen:
+                    continue
                 change.subtract({**use.devices, HOST: use.host + use.mapped})
             else:
                 change.subtract({HOST: use.mapped})
         return change
 
-    def _hardware_with(self, *, gone: frozenset[int], claimed: Counter[str]) -> Hardware:
-        change = self._change(gone)
+    def _hardware_with(
+        self,
+        *,
+        gone: frozenset[int],
+        claimed: Counter[str],
+        is_loading_seen: bool = False,
+    ) -> Hardware:
+        change = self._change(gone, is_loading_seen=is_loading_seen)
         kept: Counter[str] = Counter()
         for resident in self.residents:
             if resident.worker not in gone:

@@ -83,16 +83,6 @@ class Move:
     keep_alive_s: float
     idle_since_s: float
 
-    @property
-    def key(self) -> str:
-        """The model's name, under which its queue is found."""
-        return str(self.model.name)
-
-    @property
-    def expires_s(self) -> float:
-        """When its keep_alive is over."""
-        return self.idle_since_s + self.keep_alive_s
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Resident:

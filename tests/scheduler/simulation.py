@@ -7,6 +7,7 @@ and may be delivered any time later.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import assert_never
@@ -21,7 +22,9 @@ from shimpy.scheduler.books import Limits
 from shimpy.scheduler.core import SchedulerCore
 from shimpy.scheduler.exits import ExitKind, WorkerExit
 from shimpy.scheduler.policy import Planner
+from shimpy.scheduler.replanning import PAUSE_S, RESIDENCE_S
 from shimpy.scheduler.states import Event, Phase, Request, RequestId, WorkerId
+from tests.scheduler.exhaustive import all_fit, vram_of
 from tests.scheduler.support import plan, taken
 
 STOPPED = WorkerExit(kind=ExitKind.STOPPED, reason="was stopped", returncode=0)
@@ -60,6 +63,15 @@ class Simulation:
     threads: dict[WorkerId, int] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     is_over: bool = False
+    # What other programs have taken of the machine since, in bytes.
+    others_vram: int = 0
+    others_ram: int = 0
+    # By model: when it was loaded last, and when anything moved up last.
+    ready_at: dict[str, float] = field(default_factory=dict)
+    moved_up_at: float = -math.inf
+    n_faults: int = 0
+    # Models that somebody wants unloaded, until they are loaded again.
+    told_to_leave: set[str] = field(default_factory=set)
     # Its planner gives less context than was asked for.
     is_stingy: bool = False
 
@@ -100,7 +112,31 @@ class Simulation:
         """The snapshot that was asked for arrives."""
         snapshot, self.snapshot = self.snapshot, None
         assert snapshot is not None
+        room = all_fit(self)
+        n_events = len(self.events)
         self.do(self.core.on_hardware(snapshot, self.now))
+        evicted = [e for e in self.events[n_events:] if (e.kind, e.cause) == ("evict", "evict")]
+        assert not (room and evicted), f"evicted though all fit so: {room}"
+
+    def others_take(self, *, vram_share: float = 0.0, ram_share: float = 0.0) -> None:
+        """Let other programs have such a share of what is not in use."""
+        self.others_vram = self.others_ram = 0
+        left = self._left()
+        self.others_vram = int(vram_share * sum(gpu.free_bytes for gpu in left.gpus))
+        self.others_ram = int(ram_share * left.host.available_bytes)
+        if self.snapshot is not None:
+            # As if it had been taken now.
+            self.snapshot = self.measure()
+        self.check()
+
+    def unload(self, model: Model) -> None:
+        key = str(model.name)
+        if self.resident(model) is not None:
+            self.told_to_leave.add(key)
+        self.do(self.core.on_unload(key, self.now))
+
+    def pin(self, model: Model, *, pinned: bool = True) -> None:
+        self.do(self.core.on_pin(str(model.name), self.now, pinned=pinned))
 
     def ready(self, worker: WorkerId, load_s: float = 0.1) -> None:
         placement = self.processes[worker].rung.placement
@@ -113,16 +149,19 @@ class Simulation:
             n_embd=1,
             load_s=load_s,
         )
+        self.ready_at[str(self.processes[worker].model.name)] = self.now
         self.do(self.core.on_ready(worker, ready, self.now))
 
     def load_failed(self, worker: WorkerId, *, out_of_memory: bool = False) -> None:
         effects = self.core.on_load_failed(
             worker, "it said no", self.now, out_of_memory=out_of_memory
         )
+        self.n_faults += 1
         self.do(effects)
 
     def exits(self, worker: WorkerId, end: WorkerExit = STOPPED) -> None:
         """A process is gone; those it served hear of it from their leases."""
+        self.n_faults += end is not STOPPED
         del self.processes[worker]
         lost = [request for request, served_by in self.granted.items() if served_by == worker]
         for request in lost:
@@ -172,6 +211,25 @@ class Simulation:
     def of_phase(self, *phases: Phase) -> list[WorkerId]:
         return [w for w, resident in self.core.residents.items() if resident.phase in phases]
 
+    def release_when_granted(self, request: RequestId) -> None:
+        self.settle()
+        self.release(request)
+
+    def watch(self, seconds: float) -> None:
+        """Let time pass with nobody asking for anything, and all answers at once."""
+        end_s = self.now + seconds
+        while self.now < end_s:
+            self.settle()
+            deadline = self.core.next_deadline_s
+            next_s = end_s if deadline is None else min(end_s, max(deadline, self.now))
+            self.advance(next_s - self.now)
+        self.settle()
+
+    def mode(self, model: Model) -> str | None:
+        """How a model is placed; None: it is not resident."""
+        worker = self.resident(model)
+        return None if worker is None else self.processes[worker].rung.placement.mode
+
     def kinds(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.kind == kind]
 
@@ -187,6 +245,7 @@ class Simulation:
             case fx.StartWorker():
                 assert effect.worker not in self.processes
                 self.processes[effect.worker] = Process(effect.model, effect.rung)
+                self.told_to_leave.discard(str(effect.model.name))
                 self.threads[effect.worker] = effect.n_threads
             case fx.StopWorker():
                 process = self.processes[effect.worker]
@@ -207,9 +266,22 @@ class Simulation:
                 assert self.snapshot is None, "two probes at once"
                 self.snapshot = self.measure()
             case fx.Note():
+                self._check_event(effect.event)
                 self.events.append(effect.event)
             case _:
                 assert_never(effect)
+
+    def _check_event(self, event: Event) -> None:
+        is_pinned = self.core.is_pinned(event.model) and event.model not in self.told_to_leave
+        if event.kind in {"evict", "shrunk"} or event.cause == "keep_alive":
+            assert not is_pinned, f"a pinned model was told: {event}"
+        if event.kind in {"evict", "shrunk", "moved_up", "reload", "unload", "refused"}:
+            assert event.reason
+            assert event.cause or event.kind == "refused"
+        if event.kind == "moved_up":
+            assert self.now - self.moved_up_at >= PAUSE_S, "moves follow each other too quickly"
+            assert self.now - self.ready_at[event.model] >= RESIDENCE_S
+            self.moved_up_at = self.now
 
     def _grant(self, grant: fx.Grant) -> None:
         self.waiting.remove(grant.request)
@@ -242,8 +314,25 @@ class Simulation:
         assert error.message
         request = self.requests[request_id]
         if isinstance(error, DoesNotFitError) and request.model.shape is not None:
-            alone = self.planner(request.model.shape, self.hardware, request.options)
-            assert alone.chosen is None, "refused what would fit"
+            key = str(request.model.name)
+            pinned = [
+                resident.rung
+                for resident in self.core.residents.values()
+                # One that has just been stopped for a reload of its own is counted too.
+                if resident.is_pinned and resident.key != key
+            ]
+            pinned += [
+                queue.move.claim
+                for queue in self.core.queues.values()
+                if queue.move is not None and self.core.is_pinned(queue.key) and queue.key != key
+            ]
+            room = taken(
+                self.hardware,
+                vram=self.others_vram + sum(vram_of(rung) for rung in pinned),
+                ram=self.others_ram + sum(rung.host.total_bytes for rung in pinned),
+            )
+            alone = self.planner(request.model.shape, room, request.options)
+            assert alone.chosen is None, f"refused what would fit: {error}\n{self.describe()}"
 
     # --- the machine ------------------------------------------------------------------------
 
@@ -253,23 +342,36 @@ class Simulation:
         seen = [p for w, p in self.processes.items() if p.is_visible or w not in loading]
         return taken(
             self.hardware,
-            vram=sum(device.total_bytes for p in seen for device in p.rung.devices),
-            ram=sum(p.rung.host.total_bytes for p in seen),
+            vram=self.others_vram + sum(vram_of(p.rung) for p in seen),
+            ram=self.others_ram + sum(p.rung.host.total_bytes for p in seen),
+        )
+
+    def _left(self) -> Hardware:
+        """What is in nobody's use, or about to be."""
+        processes = self.processes.values()
+        return taken(
+            self.hardware,
+            vram=self.others_vram + sum(vram_of(p.rung) for p in processes),
+            ram=self.others_ram + sum(p.rung.host.total_bytes for p in processes),
         )
 
     def check(self) -> None:
         """What must hold after every event."""
-        for gpu in self.hardware.gpus:
-            used = sum(
-                device.total_bytes
-                for process in self.processes.values()
-                for device in process.rung.devices
-                if device.name == gpu.name
-            )
-            assert used <= gpu.free_bytes, "a device is over budget"
-        used = sum(process.rung.host.total_bytes for process in self.processes.values())
-        assert used <= self.hardware.host.available_bytes, "the host is over budget"
+        left = self._left()
+        for gpu in left.gpus:
+            assert gpu.free_bytes >= 0, "a device is over budget"
+        assert left.host.available_bytes >= 0, "the host is over budget"
         self._check_books()
+        self._check_loads()
+
+    def _check_loads(self) -> None:
+        """Nothing is loaded but for somebody who waits, or for a move that was told."""
+        loads = self.kinds("load")
+        n_moves = sum(event.cause == "move" for event in loads)
+        n_retries = len(self.kinds("retry"))
+        told = len(self.kinds("shrunk")) + len(self.kinds("moved_up"))
+        assert n_moves <= told + n_retries
+        assert len(loads) - n_moves <= len(self.requests) + self.n_faults
 
     def _check_books(self) -> None:
         residents = self.core.residents
@@ -277,7 +379,7 @@ class Simulation:
         leases = {r: w for w, resident in residents.items() for r in resident.leases}
         assert leases == self.granted, "a lease is lost"
         assert self.core._books.leases.keys() == leases.keys()
-        assert self.core._books.waiting.keys() == set(self.waiting)
+        assert self.core._books.waiting.keys() == set(self.waiting), self.describe()
         queued = {r.id for queue in self.core.queues.values() for r in queue.waiting}
         assert queued == set(self.waiting), "a request is lost"
         ends = [set(self.waiting), set(self.granted), set(self.errors), self.over]

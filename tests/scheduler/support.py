@@ -98,11 +98,16 @@ def taken(hardware: Hardware, *, vram: int = 0, ram: int = 0) -> Hardware:
     return replace(hardware, gpus=gpus, host=host)
 
 
-def plan(shape: ModelShape, hardware: Hardware, options: PlanOptions) -> Plan:
+def plan(
+    shape: ModelShape, hardware: Hardware, options: PlanOptions, *, margin_mib: int = 0
+) -> Plan:
     """A planner of three rungs: all on the GPU, experts in RAM, and all in RAM."""
+    modes: tuple[Mode, ...] = ("gpu", "experts-in-ram", "cpu")
+    if options.cpu_moe == "on" and shape.is_moe and hardware.gpus:
+        modes = ("experts-in-ram", "cpu")
     rungs = tuple(
-        _rung(shape, hardware, options, mode)
-        for mode in ("gpu", "experts-in-ram", "cpu")
+        _rung(shape, hardware, options, mode, margin_mib * MIB)
+        for mode in modes
         if (mode == "cpu" or hardware.gpus) and (mode != "experts-in-ram" or shape.is_moe)
     )
     chosen = next((rung for rung in rungs if rung.fits), None)
@@ -110,7 +115,9 @@ def plan(shape: ModelShape, hardware: Hardware, options: PlanOptions) -> Plan:
     return Plan(chosen=chosen, reason=reason, ladder=rungs)
 
 
-def _rung(shape: ModelShape, hardware: Hardware, options: PlanOptions, mode: Mode) -> Rung:
+def _rung(
+    shape: ModelShape, hardware: Hardware, options: PlanOptions, mode: Mode, margin: int
+) -> Rung:
     n_ctx = options.n_ctx or DEFAULT_N_CTX
     dense = sum(layer.dense_bytes for layer in shape.layers)
     kv = n_ctx * sum(layer.n_embd_k for layer in shape.layers)
@@ -127,6 +134,7 @@ def _rung(shape: ModelShape, hardware: Hardware, options: PlanOptions, mode: Mod
             kv_bytes=kv,
             compute_bytes=0,
             overhead_bytes=0,
+            margin_bytes=margin,
         )
         for gpu in (hardware.gpus if mode != "cpu" else ())
     )
@@ -136,6 +144,7 @@ def _rung(shape: ModelShape, hardware: Hardware, options: PlanOptions, mode: Mod
         kv_bytes=kv if mode == "cpu" else 0,
         compute_bytes=0,
         locked=True,
+        margin_bytes=margin,
     )
     missing = [device.missing_bytes for device in devices] + [host.missing_bytes]
     placement = Placement(

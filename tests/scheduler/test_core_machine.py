@@ -16,7 +16,7 @@ from shimpy.placement.placement import PlanOptions
 from shimpy.scheduler.books import Limits
 from shimpy.scheduler.states import Phase
 from tests.scheduler.simulation import ABORTED, OUT_OF_MEMORY, Simulation
-from tests.scheduler.support import make_hardware, make_model, make_shape
+from tests.scheduler.support import make_hardware, make_model, make_shape, plan
 
 MODELS = {
     str(model.name): model
@@ -25,6 +25,7 @@ MODELS = {
         make_model("dense", make_shape(dense_mib=600, kv_bytes=1024)),
         make_model("large", make_shape(dense_mib=900)),
         make_model("moe", make_shape(dense_mib=200, expert_mib=700)),
+        make_model("light-moe", make_shape(dense_mib=100, expert_mib=300, kv_bytes=1024)),
         make_model("middle", make_shape(dense_mib=400)),
         make_model("huge", make_shape(dense_mib=9000)),
     )
@@ -32,6 +33,7 @@ MODELS = {
 HARDWARE = {
     "cpu": make_hardware(ram_mib=1000),
     "gpu": make_hardware(ram_mib=1500, vram_mib=1000, others_mib=4000),
+    "roomy": make_hardware(ram_mib=2500, vram_mib=1300, others_mib=4000),
     "little-ram": make_hardware(ram_mib=300, vram_mib=1000),
     "little-vram": make_hardware(ram_mib=3000, vram_mib=500, others_mib=4000),
 }
@@ -66,10 +68,27 @@ class CoreMachine(RuleBasedStateMachine):
         hardware=st.sampled_from(list(HARDWARE)),
         keep_alive_s=st.sampled_from([300.0, 10.0, 0.0]),
         max_queue=st.sampled_from([512, 3]),
+        replan_interval_s=st.sampled_from([5.0, 5.0, 0.0]),
+        margin_mib=st.sampled_from([20, 0]),
+        pinned=st.sampled_from(["", "", "middle:latest"]),
     )
-    def start(self, hardware: str, keep_alive_s: float, max_queue: int) -> None:
-        limits = Limits(keep_alive_s=keep_alive_s, max_queue=max_queue)
-        self.simulation = Simulation(HARDWARE[hardware], limits)
+    def start(  # noqa: PLR0917 - called by name
+        self,
+        hardware: str,
+        keep_alive_s: float,
+        max_queue: int,
+        replan_interval_s: float,
+        margin_mib: int,
+        pinned: str,
+    ) -> None:
+        limits = Limits(
+            keep_alive_s=keep_alive_s,
+            max_queue=max_queue,
+            replan_interval_s=replan_interval_s,
+            pinned=frozenset({pinned} - {""}),
+        )
+        planner = partial(plan, margin_mib=margin_mib)
+        self.simulation = Simulation(HARDWARE[hardware], limits, planner)
 
     @rule(
         models=st.lists(st.sampled_from(list(MODELS)), min_size=1, max_size=4),
@@ -87,6 +106,18 @@ class CoreMachine(RuleBasedStateMachine):
         for model in models:
             self.simulation.request(MODELS[model], OPTIONS[options], keep_alive_s)
         self._answer(answers)
+
+    @rule(models=st.lists(st.sampled_from(list(MODELS)), min_size=1, max_size=3))
+    def serves(self, models: list[str]) -> None:
+        """One after the other is asked for, served and left idle, where that can be."""
+        simulation = self.simulation
+        for model in models:
+            request = simulation.request(MODELS[model])
+            simulation.settle()
+            if request in simulation.granted:
+                simulation.release(request)
+            else:
+                simulation.cancel(request)
 
     @rule(answers=ANSWERS)
     def answers(self, answers: list[int]) -> None:
@@ -138,10 +169,27 @@ class CoreMachine(RuleBasedStateMachine):
         self.simulation.advance(seconds)
         self._answer(answers)
 
+    @rule(seconds=st.sampled_from([20.0, 70.0, 200.0]))
+    def nobody_asks(self, seconds: float) -> None:
+        """Long enough for models to move up, with an answer to everything."""
+        self.simulation.watch(seconds)
+
+    @rule(
+        vram_share=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+        ram_share=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+        answers=ANSWERS,
+    )
+    def others_take(self, vram_share: float, ram_share: float, answers: list[int]) -> None:
+        self.simulation.others_take(vram_share=vram_share, ram_share=ram_share)
+        self._answer(answers)
+
+    @rule(model=st.sampled_from(list(MODELS)), pinned=st.sampled_from([False, False, True]))
+    def pin(self, model: str, pinned: bool) -> None:
+        self.simulation.pin(MODELS[model], pinned=pinned)
+
     @rule(model=st.sampled_from(list(MODELS)))
     def unload(self, model: str) -> None:
-        core = self.simulation.core
-        self.simulation.do(core.on_unload(model, self.simulation.now))
+        self.simulation.unload(MODELS[model])
 
     def _answer(self, which: list[int]) -> None:
         """Deliver some of what the core waits for, in any order."""
@@ -160,6 +208,7 @@ class CoreMachine(RuleBasedStateMachine):
         if not hasattr(self, "simulation"):
             return
         simulation = self.simulation
+        # With the machine as it is from now on, whoever waits is served or told why not.
         for _ in range(MANY):
             simulation.settle()
             if not simulation.granted and not simulation.waiting:

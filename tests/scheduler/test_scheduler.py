@@ -167,7 +167,7 @@ async def test_an_idle_model_makes_room(workshop: Workshop) -> None:
         (evicted,) = (event for event in scheduler.history() if event.kind == "evict")
         assert (evicted.model, evicted.reason) == (
             "a:latest",
-            "its memory was needed for b:latest",
+            "its memory was needed for b:latest (600.0 MiB of RAM)",
         )
         assert [str(info.model.name) for info in scheduler.residents()] == ["b:latest"]
 
