@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shimpy.chat.adapt import adapt, merge_thinking, message_dict, system_into_user, tidy, tool_dict
 from shimpy.chat.budget import TemplateFault
@@ -13,12 +13,14 @@ from shimpy.chat.families import choose_family
 from shimpy.chat.gotemplate import GoTemplate, is_go_template
 from shimpy.chat.guard import ControlTokens, Guard
 from shimpy.chat.messages import ChatMessage, ToolSpec
-from shimpy.chat.probes import probe_go_traits, probe_traits
 from shimpy.chat.rendered import Rendered
-from shimpy.chat.sandbox import CompiledTemplate, compile_template, strftime_now
 from shimpy.chat.traits import Traits, think_variables
 from shimpy.errors import UserError
 from shimpy.protocol.messages import PromptPart, Text
+
+if TYPE_CHECKING:
+    # Jinja takes a while to import: the daemon listens before it needs it, below.
+    from shimpy.chat.sandbox import CompiledTemplate
 
 
 class ChatTemplate:
@@ -95,6 +97,9 @@ class ChatTemplate:
     def _make(
         cls, source: str, control: ControlTokens, specials: Mapping[str, str]
     ) -> ChatTemplate:
+        from shimpy.chat.probes import probe_go_traits, probe_traits
+        from shimpy.chat.sandbox import compile_template
+
         compiled: CompiledTemplate | GoTemplate
         if is_go_template(source):
             try:
@@ -212,6 +217,8 @@ class ChatTemplate:
         think: bool | str | None,
         request: _Request,
     ) -> Rendered:
+        from shimpy.chat.sandbox import strftime_now
+
         extra = {
             **self._specials,
             **think_variables(think=think, literals=template.literals),

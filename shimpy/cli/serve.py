@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shimpy.cli.options import config_option
+from shimpy.cli.quick import quick_imports
 from shimpy.config import HELP, METAVARS
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ def command(config_file: Path | None, **flags: Any) -> None:
     import asyncio
 
     from shimpy.config import load_config
-    from shimpy.logs import setup_logging
 
     flags["model_dirs"] = flags["model_dirs"] or None
 
@@ -50,7 +50,9 @@ def command(config_file: Path | None, **flags: Any) -> None:
 
     config = load()
 
-    from shimpy.server.daemon import serve
+    with quick_imports():
+        from shimpy.logs import setup_logging
+        from shimpy.server.daemon import serve
 
     setup_logging(config.log_level, config.log_format, config.log_file)
     asyncio.run(serve(config, load=load))

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Final
-
-import httpx2
+from typing import TYPE_CHECKING, Final
 
 from shimpy.errors import RemoteError
+
+if TYPE_CHECKING:
+    # Imported where it is used: the daemon starts without it.
+    import httpx2
 
 # Long enough for a slow server's first byte, short enough to notice a line that went dead.
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -82,7 +84,7 @@ class RemoteFile:
 
 
 # Raises the error that a response with a bad status means.
-Check = Callable[[httpx2.Response], None]
+Check = Callable[["httpx2.Response"], None]
 
 
 @contextmanager
@@ -103,6 +105,8 @@ def open_body(
         TransientError: the line broke, or the server is busy; also while the chunks are read.
         ShimpyError: what `check` makes of any other bad status.
     """
+    import httpx2
+
     wanted = {**headers, "Accept-Encoding": "identity"}
     if start or end is not None:
         wanted["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
@@ -128,6 +132,8 @@ def open_body(
 @contextmanager
 def translated(url: str) -> Iterator[None]:
     """Turn what goes wrong on the line into ours."""
+    import httpx2
+
     try:
         yield
     except httpx2.TooManyRedirects as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Final, assert_never
+from typing import TYPE_CHECKING, Final, assert_never
 from urllib.parse import urlsplit
 
 from shimpy.errors import NotFoundError, UserError
 from shimpy.names import DEFAULT_TAG, ModelName, name_from_stem, name_part, parse_model_name
-from shimpy.registry import hub, ollama_hub
+from shimpy.registry import ollama_hub
 from shimpy.registry.catalog import Catalog, CatalogMatch
 from shimpy.registry.manifest import Origin
 from shimpy.registry.offers import Offer, canonical, find_offer, find_path, list_offers, one_of_each
@@ -27,6 +27,10 @@ from shimpy.registry.reference import (
 )
 from shimpy.registry.settings import NO_SETTINGS, ModelSettings
 from shimpy.registry.web import Web
+
+if TYPE_CHECKING:
+    # Its client takes as long to import as half of the daemon: where it is used, below.
+    from shimpy.registry import hub
 
 _USUAL_HUB: Final = "https://huggingface.co"
 
@@ -145,6 +149,8 @@ def _places(match: CatalogMatch) -> list[tuple[str | None, str]]:
 
 
 def _find_in_entry(match: CatalogMatch, tag: str | None, place: str) -> list[Candidate]:
+    from shimpy.registry import hub
+
     repository = hub.fetch_repository(place)
     offers = list_offers(repository.files, pattern=match.entry.files)
     if not offers:
@@ -165,6 +171,8 @@ def _find_in_entry(match: CatalogMatch, tag: str | None, place: str) -> list[Can
 
 
 def _find_on_hub(reference: HubReference) -> Source:
+    from shimpy.registry import hub
+
     where = reference.repository
     repository = hub.fetch_repository(where, revision=reference.revision)
     offers = list_offers(repository.files)
@@ -205,6 +213,8 @@ def _hub_name(address: str, offer: Offer, offers: list[Offer], where: str) -> Mo
 
 
 def _hub_origin(repository: hub.Repository) -> Origin:
+    from shimpy.registry import hub
+
     endpoint = hub.endpoint()
     return Origin(
         kind="huggingface",

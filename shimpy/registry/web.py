@@ -11,16 +11,17 @@ import ipaddress
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
-from typing import Final
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urljoin, urlsplit
-
-import httpx2
 
 import shimpy
 from shimpy.errors import NotFoundError, RemoteError
 from shimpy.registry.reference import UrlReference
 from shimpy.registry.remote import Body, RemoteFile, open_body
+
+if TYPE_CHECKING:
+    import httpx2
 
 MAX_REDIRECTS: Final = 5
 _REDIRECT: Final = 3
@@ -36,8 +37,12 @@ class _RedirectError(Exception):
 class Web:
     """A client for plain addresses; it knows proxies and certificates from the environment."""
 
-    def __init__(self) -> None:
-        self._client = httpx2.Client(follow_redirects=False)
+    @cached_property
+    def _client(self) -> httpx2.Client:
+        # Reading certificates takes some 20 ms, and few daemons ever need them.
+        import httpx2
+
+        return httpx2.Client(follow_redirects=False)
 
     def close(self) -> None:
         """Close all connections."""
