@@ -123,6 +123,8 @@ def _wishes(shape: ModelShape, options: PlanOptions, wanted: Wanted) -> Iterator
     n_all = shape.n_layer + 1
     for n_layers in wanted.n_gpu_layers:
         yield replace(options, n_gpu_layers=n_layers)
+    if wanted.n_gpu_layers and not wanted.n_cpu_moe:
+        return
     for n_cpu_moe in wanted.n_cpu_moe or _usual_n_cpu_moe(shape, every=wanted.every):
         cpu_moe: CpuMoe = n_cpu_moe or "off"
         whole = replace(options, n_gpu_layers=n_all, cpu_moe=cpu_moe)

@@ -172,9 +172,12 @@ def command(
         n_threads=threads,
         usual_threads=config.n_threads,
     )
-    # No speeds: what was measured before is measured again.
-    exactly = partial(Simulations(config.state_dir / FILE_NAME).plan_exactly, found)
-    selection = select_candidates(exactly, hardware, options, wanted, shape=found.shape)
+    # It is told no speeds: what was measured before is measured again.
+    simulations = Simulations(config.state_dir / FILE_NAME)
+    plan = partial(simulations.plan, found.shape)
+    if hardware.gpus:
+        plan = partial(simulations.plan_exactly, found)
+    selection = select_candidates(plan, hardware, options, wanted, shape=found.shape)
     bench = Bench(
         model=found,
         effort=effort,

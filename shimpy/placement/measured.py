@@ -122,7 +122,7 @@ def plan_measured(
     """Return a plan that takes the fastest placement known, by the rules above.
 
     The rungs that were measured and fit are in its ladder, each where it belongs by how much it
-    keeps on the GPU. Options that the user gave are kept to.
+    keeps on the GPU. Options that the user gave are kept to, and no context becomes shorter.
 
     Raises:
         InvalidOptionError: as the planner.
@@ -130,7 +130,11 @@ def plan_measured(
     plan = planner(shape, hardware, options)
     if plan.chosen is None or not speeds:
         return plan
-    found = _fitting(planner, shape, hardware, options, speeds)
+    found = [
+        candidate
+        for candidate in _fitting(planner, shape, hardware, options, speeds)
+        if candidate.rung.placement.n_ctx >= plan.chosen.placement.n_ctx
+    ]
     if not found:
         return plan
     found.sort(key=lambda candidate: candidate.speed.request_s)
