@@ -33,8 +33,9 @@ def test_the_daemon_starts_without_what_only_some_requests_need() -> None:
     assert not imported & unneeded
 
 
-def test_all_is_as_before_after_it() -> None:
+def test_all_is_as_before_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is imported later, or connects somewhere, must not notice."""
+    monkeypatch.delitem(sys.modules, "rich", raising=False)
     before = ssl.SSLContext.set_default_verify_paths
     with quick_imports():
         assert ssl.SSLContext.set_default_verify_paths is not before
