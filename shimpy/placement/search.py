@@ -6,8 +6,10 @@ are shared out among several GPUs, but not which placement is better than anothe
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Final
 
 from shimpy.gguf.arch import ModelShape
@@ -268,7 +270,7 @@ class Search:
             max(0, _room(gpu) - compute - _margin(compute))
             for gpu, compute in zip(team, buffers, strict=True)
         ]
-        return _share_out(sizes, room)
+        return share_out(sizes, room)
 
 
 def setup_of(placement: Placement) -> Setup:
@@ -337,23 +339,50 @@ def _teams(gpus: tuple[Gpu, ...]) -> list[Team]:
     ]
 
 
-def _share_out(sizes: list[int], room: list[int]) -> tuple[float, ...]:
-    """Return how many of the consecutive layers go to each GPU.
+def share_out(sizes: Sequence[int], room: Sequence[int]) -> tuple[float, ...]:
+    """Return how many of the consecutive layers go to each GPU: evenly, else as they fit.
+
+    Where they fit in no way, the even shares say so.
+    """
+    even = _share_evenly(sizes, room)
+    packed = _pack(sizes, room)
+    counts = even if packed is None or _fits(even, sizes, room) else packed
+    return tuple(float(count) for count in counts)
+
+
+def _pack(sizes: Sequence[int], room: Sequence[int]) -> list[int] | None:
+    """Fill one GPU after the other, from the last: the first has the largest buffers.
+
+    Whenever there is a way for consecutive layers to fit, this is one; None: there is none.
+    """
+    counts, left = [0] * len(room), list(room)
+    gpu = len(room) - 1
+    for size in reversed(sizes):
+        while gpu >= 0 and size > left[gpu]:
+            gpu -= 1
+        if gpu < 0:
+            return None
+        counts[gpu] += 1
+        left[gpu] -= size
+    return counts
+
+
+def _fits(counts: Sequence[int], sizes: Sequence[int], room: Sequence[int]) -> bool:
+    ends = [0, *accumulate(counts)]
+    return all(sum(sizes[ends[i] : ends[i + 1]]) <= room[i] for i in range(len(room)))
+
+
+def _share_evenly(sizes: Sequence[int], room: Sequence[int]) -> list[int]:
+    """Return how many of the consecutive layers go to each GPU, all of them about equally full.
 
     Each takes its part of the whole in proportion to its room, a layer going where its middle
-    falls; what is over a GPU's room by that moves on to the next.
+    falls.
     """
     total_room, total = sum(room) or 1, sum(sizes)
-    counts = [0] * len(room)
-    gpu, passed, held = 0, 0, 0
-    border = total * room[0] / total_room
+    borders = [total * part / total_room for part in accumulate(room)]
+    counts, passed = [0] * len(room), 0
     for size in sizes:
-        while gpu < len(room) - 1 and (
-            passed + size / 2 > border or (held and held + size > room[gpu])
-        ):
-            gpu, held = gpu + 1, 0
-            border = max(border, passed) + total * room[gpu] / total_room
-        counts[gpu] += 1
+        middle = passed + size / 2
+        counts[min(bisect_left(borders, middle), len(room) - 1)] += 1
         passed += size
-        held += size
-    return tuple(float(count) for count in counts)
+    return counts
