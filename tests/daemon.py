@@ -51,12 +51,14 @@ def running_daemon(
     *flags: str,
     threads: int | None = 1,
     environ: Mapping[str, str] | None = None,
+    module: str = "shimpy",
 ) -> Iterator[Daemon]:
     """Start `shimpy serve` and wait for its READY; end it by SIGTERM.
 
     Workers use one thread: two would spin against each other on a busy machine. None leaves
     the number to the daemon. Other tools' stores on this machine are left out; `environ` is
-    more for the daemon's environment, and its clients'.
+    more for the daemon's environment, and its clients'. `module` may be one that runs shimpy
+    on another machine than this one.
     """
     home.mkdir(parents=True, exist_ok=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith("SHIMPY_")}
@@ -73,7 +75,7 @@ def running_daemon(
         ready.bind(str(address))
         ready.settimeout(READY_TIMEOUT_S)
         process = subprocess.Popen(
-            [sys.executable, "-m", "shimpy", "serve", *bind, *folders, *flags],
+            [sys.executable, "-m", module, "serve", *bind, *folders, *flags],
             env={**env, "NOTIFY_SOCKET": str(address)},
             stdin=subprocess.DEVNULL,
             stdout=output,
