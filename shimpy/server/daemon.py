@@ -49,6 +49,7 @@ from shimpy.server.idling import wait_unneeded
 from shimpy.server.listening import exposed_host, open_bind, unix_paths, urls_of
 from shimpy.server.machine import Machine, report_hardware
 from shimpy.server.metrics import Metrics
+from shimpy.server.prefixes import watch_gone
 from shimpy.server.pulling import make_pulls
 from shimpy.server.reload import Reloader
 from shimpy.server.services import Lifecycle, Services
@@ -165,6 +166,7 @@ async def _serve(
             background = [
                 tasks.create_task(fresh.watch()),
                 tasks.create_task(services.metrics.follow(scheduler)),
+                tasks.create_task(watch_gone(config.prefix_dir, fresh)),
                 tasks.create_task(_look_around(machine, scheduler)),
             ]
             await _run(services, sockets, tls, announce)
