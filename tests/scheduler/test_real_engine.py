@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from shimpy.placement.placement import PlanOptions
 from shimpy.protocol.messages import Delta, Done, Sampling, Submit, Text
 from shimpy.registry.model import Model
 from shimpy.scheduler.scheduler import Scheduler
+from shimpy.scheduler.simulations import Simulations
 from tests.scheduler.support import make_hardware
 from tests.synthetic import CHAIN_TEXT
 
@@ -151,3 +153,18 @@ async def test_embeddings(bert_model: Path) -> None:
         async with scheduler.acquire(model, PlanOptions()) as lease:
             embedded = await lease.embed([[Text("one")], [Text("two")]])
         assert len(embedded.data) == 2 * 4 * embedded.n_embd
+
+
+async def test_a_load_takes_what_llama_cpp_said_before_it(deepseek_model: Path) -> None:
+    """RAM is tight, so the placement is simulated first: to the byte what the worker reports."""
+    model = model_at(deepseek_model)
+    hardware = replace(make_hardware(ram_mib=200), library="as installed")
+    simulations = Simulations(None)
+    scheduler = Scheduler(Config(n_threads=1), lambda: hardware, simulations=simulations)
+    async with scheduler, scheduler.acquire(model, SMALL) as lease:
+        assert lease.rung.is_exact
+        (real,) = lease.ready.memory
+        host = lease.rung.host
+        assert (host.weights_bytes, host.kv_bytes) == (real.model_bytes, real.context_bytes)
+        logits = lease.ready.n_vocab * lease.ready.n_slots * 4
+        assert host.compute_bytes == real.compute_bytes + logits
