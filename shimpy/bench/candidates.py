@@ -14,7 +14,7 @@ from typing import Final
 
 from shimpy.errors import DoesNotFitError, UserError
 from shimpy.gguf.arch import ModelShape
-from shimpy.placement.defaults import N_UBATCH
+from shimpy.placement.defaults import KV_TYPE, N_UBATCH
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.measured import Spot, spot_of
 from shimpy.placement.placement import CpuMoe, Placement, Plan, PlanOptions, Rung
@@ -125,6 +125,9 @@ def _wishes(shape: ModelShape, options: PlanOptions, wanted: Wanted) -> Iterator
         yield replace(options, n_gpu_layers=n_layers)
     if wanted.n_gpu_layers and not wanted.n_cpu_moe:
         return
+    if not wanted.n_cpu_moe:
+        # With a smaller KV cache, for want of VRAM, only what the ladder itself has.
+        options = replace(options, kv_type=options.kv_type or KV_TYPE)
     for n_cpu_moe in wanted.n_cpu_moe or _usual_n_cpu_moe(shape, every=wanted.every):
         cpu_moe: CpuMoe = n_cpu_moe or "off"
         whole = replace(options, n_gpu_layers=n_all, cpu_moe=cpu_moe)
@@ -185,6 +188,8 @@ def _candidate(shape: ModelShape, hardware: Hardware, rung: Rung, wanted: Wanted
     if placement.mode in ("experts-in-ram", "partial-gpu"):
         held = "page-locked" if placement.load_mode == "locked" else "mapped"
         label += f", {held}, micro-batch {placement.n_ubatch}"
+    if placement.kv_type != KV_TYPE:
+        label += f", KV cache {placement.kv_type}"
     n_cores = hardware.host.n_cores
     usual = min(GPU_MODE_THREADS, n_cores) if placement.mode == "gpu" else n_cores
     usual = wanted.usual_threads or usual

@@ -122,7 +122,8 @@ def plan_measured(
     """Return a plan that takes the fastest placement known, by the rules above.
 
     The rungs that were measured and fit are in its ladder, each where it belongs by how much it
-    keeps on the GPU. Options that the user gave are kept to, and no context becomes shorter.
+    keeps on the GPU. Options that the user gave are kept to, and no KV cache becomes shorter
+    or less precise.
 
     Raises:
         InvalidOptionError: as the planner.
@@ -133,7 +134,7 @@ def plan_measured(
     found = [
         candidate
         for candidate in _fitting(planner, shape, hardware, options, speeds)
-        if candidate.rung.placement.n_ctx >= plan.chosen.placement.n_ctx
+        if _is_no_worse_cache(candidate.rung.placement, plan.chosen.placement)
     ]
     if not found:
         return plan
@@ -171,6 +172,11 @@ def _fitting(
     return found
 
 
+def _is_no_worse_cache(placement: Placement, own: Placement) -> bool:
+    """Whether a placement has as long a context as the ladder's choice, and as precise a cache."""
+    return placement.n_ctx >= own.n_ctx and placement.kv_type in (own.kv_type, KV_TYPE)
+
+
 def _options_for(shape: ModelShape, options: PlanOptions, spot: Spot) -> PlanOptions | None:
     """Return the options that lead to a measured placement; None: the user's forbid it."""
     cpu_moe: CpuMoe = spot.n_cpu_moe or "off"
@@ -187,9 +193,6 @@ def _options_for(shape: ModelShape, options: PlanOptions, spot: Spot) -> PlanOpt
     for name in ("n_gpu_layers", "n_ubatch", "load_mode", "kv_type", "flash_attn"):
         if getattr(options, name) not in (None, getattr(wanted, name)):
             return None
-    if options.kv_type is None and spot.kv_type != KV_TYPE:
-        # Another precision than anybody asked for.
-        return None
     if options.cpu_moe == "auto" or not spot.n_devices:
         return wanted
     asked = {"on": shape.n_layer, "off": 0}.get(str(options.cpu_moe), options.cpu_moe)

@@ -56,6 +56,12 @@ def test_a_budget_leaves_out_what_does_not_fit_it() -> None:
     assert limit_vram(machine(4), 8 * GIB) == limit_vram(machine(4), None) == machine(4)
 
 
+def test_a_smaller_cache_is_measured_where_it_was_asked_for_and_said() -> None:
+    small = PlanOptions(n_ctx=4096, n_slots=4, kv_type="q8_0")
+    assert all(c.label.endswith("KV cache q8_0") for c in select(MOE, machine(8), small).candidates)
+    assert not any("KV" in c.label for c in select(MOE, machine(80)).candidates)
+
+
 def test_asked_for_numbers_are_measured_and_those_that_do_not_fit_are_named() -> None:
     selection = select(MOE, machine(8), n_cpu_moe=(20, 0, 24))
     assert numbers(selection) == [20, 24]
