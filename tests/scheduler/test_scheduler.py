@@ -19,15 +19,16 @@ from shimpy.errors import (
     StoppingError,
     WorkerDiedError,
 )
+from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
-from shimpy.placement.placement import PlanOptions
+from shimpy.placement.placement import Plan, PlanOptions
 from shimpy.protocol.messages import Done, Prefilled, Submit, Text
 from shimpy.registry.model import Model
 from shimpy.scheduler.exits import WorkerExit
 from shimpy.scheduler.reports import MAX_HISTORY, HistoryEvent, Journal, event_id
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.scheduler.worker import Worker
-from tests.scheduler.support import make_hardware
+from tests.scheduler.support import MIB, make_hardware, plan, taken
 from tests.scheduler.workshop import (
     ANY,
     SUBMIT,
@@ -373,6 +374,57 @@ async def test_a_fault_of_our_own_costs_one_worker(
 
 async def fail(_worker: Worker) -> WorkerExit:
     raise RuntimeError("a bug")
+
+
+async def test_a_model_moves_up_when_memory_comes_free(workshop: Workshop) -> None:
+    """In another process, of its own accord; a look at the memory every 5 s finds it out."""
+    roomy = make_hardware(vram_mib=1000)
+    workshop.hardware = replace(roomy, gpus=(replace(roomy.gpus[0], free_bytes=300 * MIB),))
+    async with workshop.scheduler(keep_alive=-1) as scheduler:
+        await use(scheduler, workshop.model("moe", mib=200, expert_mib=700))
+        (before,) = scheduler.residents()
+        assert before.rung.placement.mode == "experts-in-ram"
+        workshop.hardware = roomy
+        while "moved_up" not in kinds(scheduler):
+            await look(workshop, scheduler)
+        assert workshop.clock.time_s < 1000 + 120
+        await wait_event(scheduler, "ready", 2)
+        (after,) = scheduler.residents()
+        assert after.rung.placement.mode == "gpu"
+        assert after.pid != before.pid
+
+
+async def test_a_model_leaves_when_another_program_takes_its_memory(workshop: Workshop) -> None:
+    def planner(shape: ModelShape, hardware: Hardware, options: PlanOptions) -> Plan:
+        return plan(shape, hardware, options, margin_mib=64)
+
+    async with workshop.scheduler(planner=planner) as scheduler:
+        await use(scheduler, workshop.model("a"))
+        workshop.hardware = taken(workshop.hardware, ram=workshop.hardware.host.available_bytes)
+        await look(workshop, scheduler)
+        (evicted,) = (event for event in scheduler.history() if event.kind == "evict")
+        assert evicted.cause == "pressure"
+        assert evicted.reason == "another program takes memory: RAM is 64.0 MiB short of its margin"
+
+
+async def look(workshop: Workshop, scheduler: Scheduler) -> None:
+    """Let the time of the next look come, and the look end."""
+    workshop.clock.advance(5)
+    while scheduler._core._probing:  # noqa: ASYNC110 - whatever the snapshot takes
+        await asyncio.sleep(0)
+
+
+async def test_a_pinned_model_is_told_as_such(workshop: Workshop) -> None:
+    async with workshop.scheduler(keep_alive=10.0) as scheduler:
+        scheduler.pin("a:latest", pinned=True)
+        await use(scheduler, workshop.model("a"), keep_alive=0)
+        workshop.clock.advance(1000)
+        (resident,) = scheduler.residents()
+        assert resident.is_pinned
+        assert math.isinf(resident.expires_at_s)
+        scheduler.pin("a:latest", pinned=False)
+        await wait_event(scheduler, "unload")
+        assert "unpinned" in kinds(scheduler)
 
 
 async def test_a_slow_listener_loses_the_oldest() -> None:

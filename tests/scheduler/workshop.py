@@ -16,6 +16,7 @@ from shimpy.placement.placement import PlanOptions
 from shimpy.protocol.messages import Delta, Submit
 from shimpy.registry.model import Model
 from shimpy.scheduler.lease import Lease
+from shimpy.scheduler.policy import Planner
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.scheduler.worker import Deadlines
 from tests.fake_engine import Script
@@ -68,18 +69,23 @@ class Workshop:
         self.clock = FakeClock()
         self.hardware = make_hardware()
 
-    def model(self, name: str, *, mib: int = 100, kv_bytes: int = 0, **script: Any) -> Model:
+    def model(
+        self, name: str, *, mib: int = 100, expert_mib: int = 0, kv_bytes: int = 0, **script: Any
+    ) -> Model:
         path = self.folder / f"{name}.gguf"
         path.touch()
         Script(**script).save(path)
-        return make_model(name, make_shape(dense_mib=mib, kv_bytes=kv_bytes), path=path)
+        shape = make_shape(dense_mib=mib, expert_mib=expert_mib, kv_bytes=kv_bytes)
+        return make_model(name, shape, path=path)
 
     def gate(self, name: str) -> str:
         path = self.folder / name
         os.mkfifo(path)
         return str(path)
 
-    def scheduler(self, *, deadlines: Deadlines | None = None, **settings: Any) -> Scheduler:
+    def scheduler(
+        self, *, deadlines: Deadlines | None = None, planner: Planner = plan, **settings: Any
+    ) -> Scheduler:
         def probe() -> Hardware:
             return self.hardware
 
@@ -87,7 +93,7 @@ class Workshop:
         return Scheduler(
             Config(**settings),
             probe,
-            planner=plan,
+            planner=planner,
             engine_argv=FAKE_ENGINE,
             clock=self.clock,
             deadlines=deadlines,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.soak import ASKED_FOR, Outcome, budgeted_daemon, soak
+from tests.benchmarks.soak import ASKED_FOR, budgeted_daemon, soak
 from tests.daemon import Daemon
 
 pytestmark = pytest.mark.slow
@@ -20,15 +19,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield daemon
 
 
-def run(daemon: Daemon, **how: float) -> Outcome:
-    n_kills = int(how.get("n_kills", 0))
-    seconds = how.get("seconds", 0.0)
-    return asyncio.run(soak(daemon, n_clients=30, seconds=seconds, n_kills=n_kills))
-
-
 def test_loads_and_evictions_are_as_the_policy_says(daemon: Daemon) -> None:
     """Each round loads its model, and evicts the one that was used least recently."""
-    outcome = run(daemon)
+    outcome = asyncio.run(soak(daemon, n_clients=30, seconds=0.0, min_rounds=4))
     assert outcome.problems() == []
     assert (outcome.rounds, outcome.loads, outcome.evictions) == (4, 4, 2)
     assert outcome.answers == 4 * 30 * 2
@@ -36,7 +29,7 @@ def test_loads_and_evictions_are_as_the_policy_says(daemon: Daemon) -> None:
 
 
 def test_every_request_ends_though_workers_are_killed(daemon: Daemon) -> None:
-    outcome = run(daemon, seconds=3.0, n_kills=4)
+    outcome = asyncio.run(soak(daemon, n_clients=30, seconds=2.0, min_rounds=2, n_kills=3))
     assert outcome.problems() == []
-    assert outcome.kills == 4
+    assert outcome.kills == 3
     assert outcome.answers + sum(outcome.killed.values()) == outcome.rounds * 30 * 2
