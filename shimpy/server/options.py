@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import msgspec
 
 from shimpy.errors import InvalidOptionError
 from shimpy.protocol.messages import Sampling
@@ -49,9 +50,8 @@ MAX_STOPS = 64
 MAX_STOP_CHARS = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to sample, when to stop and how much context to load with; None: not set."""
+class Sampled(msgspec.Struct, frozen=True):
+    """How to sample, under llama.cpp's names, which are ours; None: not set."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -70,24 +70,30 @@ class Options:
     xtc_threshold: float | None = None
     dynatemp_range: float | None = None
     dynatemp_exponent: float | None = None
-    infill: bool | None = None
-    ignore_eos: bool | None = None
     # Negative: drawn afresh for each request.
     seed: int | None = None
+    ignore_eos: bool | None = None
+    n_keep: int | None = None
+
+
+class Options(Sampled, frozen=True, kw_only=True):
+    """How to sample, when to stop and how much context to load with; None: not set."""
+
+    infill: bool | None = None
     logit_bias: Mapping[int, float] | None = None
     n_logprobs: int | None = None
     stop: tuple[str, ...] | None = None
     # New tokens at most; negative: until the model ends or the context is full.
     n_predict: int | None = None
-    n_keep: int | None = None
     # How the model is loaded, if it is not: its context, and its layers on the GPU.
     n_ctx: int | None = None
     n_gpu_layers: int | None = None
 
     def over(self, defaults: Options) -> Options:
         """Return these options, with what they leave open taken from `defaults`."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(defaults, **{name: v for name, v in given.items() if v is not None})
+        given = {name: getattr(self, name) for name in self.__struct_fields__}
+        set_here = {name: value for name, value in given.items() if value is not None}
+        return msgspec.structs.replace(defaults, **set_here)
 
     def sampling(self, grammar: str | None = None) -> Sampling:
         """Return the part that the worker's sampler needs."""

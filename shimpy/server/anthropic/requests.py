@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
+import msgspec
+
 from shimpy.chat.messages import ChatMessage, ToolSpec
 from shimpy.errors import InvalidOptionError
 from shimpy.server.anthropic.messages import parse_conversation
@@ -62,7 +64,7 @@ def parse_messages(body: MessagesBody) -> Asked:
     if body.max_tokens < 0:
         raise InvalidOptionError('"max_tokens" must be at least 0', option="max_tokens")
     generation = parse_prompt(body)
-    options = replace(generation.options, n_predict=body.max_tokens)
+    options = msgspec.structs.replace(generation.options, n_predict=body.max_tokens)
     return Asked(
         generation=replace(generation, options=options),
         stream=bool(body.stream),

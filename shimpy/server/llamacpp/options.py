@@ -12,29 +12,11 @@ from shimpy.errors import InvalidOptionError
 from shimpy.protocol.messages import Sampling
 from shimpy.server.llamacpp.wire import CompletionBody
 from shimpy.server.ollama.options import parse_options
-from shimpy.server.options import Options, check_number, check_stop
+from shimpy.server.options import Options, Sampled, check_number, check_stop
 
-_NUMBERS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repeat_last_n",
-    "repeat_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "mirostat",
-    "mirostat_tau",
-    "mirostat_eta",
-    "top_n_sigma",
-    "xtc_probability",
-    "xtc_threshold",
-    "dynatemp_range",
-    "dynatemp_exponent",
-    "seed",
-    "n_keep",
-)
+_NUMBERS = tuple(name for name in Sampled.__struct_fields__ if name != "ignore_eos")
+# Those that the worker's sampler knows, too.
+_SAMPLED = tuple(name for name in Sampled.__struct_fields__ if name not in {"seed", "n_keep"})
 # llama.h, LLAMA_DEFAULT_SEED: draw one.
 _RANDOM_SEED = 0xFFFFFFFF
 # Of the names in `samplers` the one that is not a matter of its own option's value.
@@ -106,24 +88,7 @@ def settings_entry(options: Options, sampling: Sampling) -> dict[str, Any]:
     n_predict = -1 if options.n_predict is None else options.n_predict
     return {
         "seed": _RANDOM_SEED if sampling.seed is None else sampling.seed,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "typical_p": sampling.typical_p,
-        "repeat_last_n": sampling.repeat_last_n,
-        "repeat_penalty": sampling.repeat_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "mirostat": sampling.mirostat,
-        "mirostat_tau": sampling.mirostat_tau,
-        "mirostat_eta": sampling.mirostat_eta,
-        "top_n_sigma": sampling.top_n_sigma,
-        "xtc_probability": sampling.xtc_probability,
-        "xtc_threshold": sampling.xtc_threshold,
-        "dynatemp_range": sampling.dynatemp_range,
-        "dynatemp_exponent": sampling.dynatemp_exponent,
-        "ignore_eos": sampling.ignore_eos,
+        **{name: getattr(sampling, name) for name in _SAMPLED},
         "stop": list(options.stop or ()),
         "max_tokens": n_predict,
         "n_predict": n_predict,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import msgspec
+
 from shimpy.chat.fim import ContextFile
 from shimpy.errors import InvalidOptionError
 from shimpy.server.embedding import EmbeddingRequest
@@ -57,7 +59,7 @@ class Asked:
         changed = tuple(
             replace(
                 one,
-                options=replace(
+                options=msgspec.structs.replace(
                     one.options, logit_bias={**(one.options.logit_bias or {}), **biases}
                 ),
             )

@@ -11,10 +11,12 @@ from typing import Any
 
 import msgspec
 
+from shimpy.server.options import Sampled
+
 # --- requests ---------------------------------------------------------------------------------
 
 
-class CompletionBody(msgspec.Struct):
+class CompletionBody(Sampled, frozen=True):
     """POST /completion; the last two fields are shimpy's own."""
 
     model: str | None = None
@@ -22,30 +24,10 @@ class CompletionBody(msgspec.Struct):
     prompt: Any = None
     n_predict: int | None = None
     max_tokens: int | None = None
-    n_keep: int | None = None
     n_cmpl: int | None = None
     n: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repeat_last_n: int | None = None
-    repeat_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    mirostat: int | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
-    top_n_sigma: float | None = None
-    xtc_probability: float | None = None
-    xtc_threshold: float | None = None
-    dynatemp_range: float | None = None
-    dynatemp_exponent: float | None = None
-    ignore_eos: bool | None = None
     # Which take part; only "infill" is looked for, the others take part by their values.
     samplers: list[str] | str | None = None
-    seed: int | None = None
     # {id or text: amount or false}, or a list of such pairs.
     logit_bias: dict[str, Any] | list[Any] | None = None
     stop: str | list[str] | None = None
@@ -74,7 +56,7 @@ class ExtraBody(msgspec.Struct):
     filename: str | None = None
 
 
-class InfillBody(CompletionBody):
+class InfillBody(CompletionBody, frozen=True):
     """POST /infill; `prompt` is what the middle begins with."""
 
     input_prefix: str | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar, assert_never
 
 from shimpy.protocol.messages import TokenLogprob
@@ -30,45 +31,37 @@ from shimpy.server.ollama.wire import (
 Chunk = TypeVar("Chunk", GenerateChunk, ChatChunk)
 
 
-async def generate_chunks(
+def generate_chunks(
     events: AsyncGenerator[Event, None], *, model: str, wants_context: bool
 ) -> AsyncGenerator[GenerateChunk, None]:
     """Yield the chunks of /api/generate, the last with counts and durations."""
-    async with aclosing(events):
-        async for event in events:
-            match event:
-                case Started():
-                    continue
-                case ThinkingDelta():
-                    yield _generate_chunk(model, thinking=event.text, logprobs=event.logprobs)
-                case ContentDelta():
-                    yield _generate_chunk(model, response=event.text, logprobs=event.logprobs)
-                case ToolCallMade():
-                    yield _generate_chunk(model, tool_calls=[called_tool(event)])
-                case Finished():
-                    context = list(event.tokens) if wants_context else []
-                    yield _generate_chunk(model, context=context, **final_fields(event))
-                case _:
-                    assert_never(event)
+    return _chunks(events, partial(_generate_chunk, model), wants_context=wants_context)
 
 
-async def chat_chunks(
+def chat_chunks(
     events: AsyncGenerator[Event, None], *, model: str
 ) -> AsyncGenerator[ChatChunk, None]:
     """Yield the chunks of /api/chat, the last with counts and durations."""
+    return _chunks(events, partial(_chat_chunk, model), wants_context=False)
+
+
+async def _chunks(
+    events: AsyncGenerator[Event, None], make: Callable[..., Chunk], *, wants_context: bool
+) -> AsyncGenerator[Chunk, None]:
     async with aclosing(events):
         async for event in events:
             match event:
                 case Started():
                     continue
                 case ThinkingDelta():
-                    yield _chat_chunk(model, thinking=event.text, logprobs=event.logprobs)
+                    yield make(thinking=event.text, logprobs=event.logprobs)
                 case ContentDelta():
-                    yield _chat_chunk(model, content=event.text, logprobs=event.logprobs)
+                    yield make(content=event.text, logprobs=event.logprobs)
                 case ToolCallMade():
-                    yield _chat_chunk(model, tool_calls=[called_tool(event)])
+                    yield make(tool_calls=[called_tool(event)])
                 case Finished():
-                    yield _chat_chunk(model, **final_fields(event))
+                    context = {"context": list(event.tokens)} if wants_context else {}
+                    yield make(**context, **final_fields(event))
                 case _:
                     assert_never(event)
 
@@ -143,10 +136,21 @@ def called_tool(event: ToolCallMade) -> CalledTool:
 
 
 def _generate_chunk(
-    model: str, *, logprobs: Sequence[TokenLogprob] = (), **fields: Any
+    model: str,
+    *,
+    content: str = "",
+    done: bool = False,
+    logprobs: Sequence[TokenLogprob] = (),
+    **fields: Any,
 ) -> GenerateChunk:
-    given: dict[str, Any] = {"response": "", "done": False} | fields
-    return GenerateChunk(model=model, created_at=now_text(), logprobs=_logprobs(logprobs), **given)
+    return GenerateChunk(
+        model=model,
+        created_at=now_text(),
+        response=content,
+        done=done,
+        logprobs=_logprobs(logprobs),
+        **fields,
+    )
 
 
 def _chat_chunk(

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from shimpy.server.events import Finished
+from shimpy.server.events import Event, Finished
 from shimpy.server.streaming import sse_data, sse_json
 
 FINGERPRINT = "fp_shimpy"
@@ -128,6 +128,39 @@ class Tally:
             prompt_tokens_details=PromptDetails(cached_tokens=self._n_cached),
             completion_tokens_details=CompletionDetails(reasoning_tokens=self._n_thinking),
         )
+
+
+class Streamed(Protocol):
+    """One choice of a streamed answer."""
+
+    def take(self, event: Event) -> Sequence[Any]:
+        """Return the parts of chunks that an event makes."""
+
+
+async def choice_chunks(
+    events: AsyncGenerator[tuple[int, Event], None],
+    choices: Sequence[Streamed],
+    head: Head,
+    *,
+    n: int,
+) -> AsyncGenerator[Answer, None]:
+    """Yield the chunks of a streamed answer; the last one has the usage where it is wanted.
+
+    Args:
+        events: each with the index of its choice.
+        choices: all of them, `n` for each prompt.
+        head: what all chunks have in common.
+        n: choices for one prompt.
+    """
+    tally = Tally(n)
+    async with aclosing(events):
+        async for index, event in events:
+            for part in choices[index].take(event):
+                yield head.chunk(part)
+            if isinstance(event, Finished):
+                tally.add(index, event)
+    if head.wants_usage:
+        yield head.last(tally.usage())
 
 
 async def sse_lines(chunks: AsyncGenerator[Answer, None]) -> AsyncGenerator[bytes, None]:

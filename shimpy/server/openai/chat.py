@@ -19,7 +19,7 @@ from shimpy.server.events import (
     ThinkingDelta,
     ToolCallMade,
 )
-from shimpy.server.openai.answers import Answer, Head, Tally
+from shimpy.server.openai.answers import Answer, Head, Tally, choice_chunks
 
 
 class Rival(msgspec.Struct, kw_only=True):
@@ -104,20 +104,11 @@ class WholeChoice(msgspec.Struct, kw_only=True):
     finish_reason: str
 
 
-async def chat_chunks(
+def chat_chunks(
     events: AsyncGenerator[tuple[int, Event], None], head: Head, *, n: int
 ) -> AsyncGenerator[Answer, None]:
-    """Yield the chunks of a streamed answer; the last one has the usage where it is wanted."""
-    choices = [_StreamedChoice(index) for index in range(n)]
-    tally = Tally(n)
-    async with aclosing(events):
-        async for index, event in events:
-            for choice in choices[index].take(event):
-                yield head.chunk(choice)
-            if isinstance(event, Finished):
-                tally.add(index, event)
-    if head.wants_usage:
-        yield head.last(tally.usage())
+    """Yield the chunks of a streamed answer, as `choice_chunks`."""
+    return choice_chunks(events, [_StreamedChoice(index) for index in range(n)], head, n=n)
 
 
 async def whole_chat(

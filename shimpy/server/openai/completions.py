@@ -9,7 +9,7 @@ import msgspec
 
 from shimpy.protocol.messages import TokenLogprob
 from shimpy.server.events import ContentDelta, Event, Finished
-from shimpy.server.openai.answers import Answer, Head, Tally
+from shimpy.server.openai.answers import Answer, Head, Tally, choice_chunks
 
 
 class Logprobs(msgspec.Struct, kw_only=True):
@@ -30,23 +30,14 @@ class Choice(msgspec.Struct, kw_only=True):
     finish_reason: str | None = None
 
 
-async def completion_chunks(
+def completion_chunks(
     events: AsyncGenerator[tuple[int, Event], None], head: Head, *, echoes: Sequence[str], n: int
 ) -> AsyncGenerator[Answer, None]:
-    """Yield the chunks of a streamed answer.
+    """Yield the chunks of a streamed answer, as `choice_chunks`.
 
     `echoes` has one text for each prompt, which the `n` choices for it begin with; "": none.
     """
-    choices = _choices(echoes, n)
-    tally = Tally(n)
-    async with aclosing(events):
-        async for index, event in events:
-            for choice in choices[index].take(event):
-                yield head.chunk(choice)
-            if isinstance(event, Finished):
-                tally.add(index, event)
-    if head.wants_usage:
-        yield head.last(tally.usage())
+    return choice_chunks(events, _choices(echoes, n), head, n=n)
 
 
 async def whole_completion(
