@@ -1,0 +1,174 @@
+"""What placements take on an NVIDIA card, predicted and real, light and heavy work; and squeezed.
+
+    python -m tests.benchmarks.memory MODEL [--n-ctx N ...] [--rungs N ...] [--squeeze GIB ...]
+
+--rungs    experts of the first N layers in RAM: the prediction beside nvidia-smi's figure after
+           one answer, and what 16 prompts of 512 tokens at once add to it
+--squeeze  another process takes VRAM until so much is left: the model has to load and to serve
+           16 streams, and may leave less than a layer's experts and 300 MiB unused
+
+All daemons of a run share one state, as one machine's daemons do: figures that were simulated
+and overheads that were learnt are there for the next. Rows go to stdout and, with --json FILE,
+to a file that is whole after each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shimpy.gguf.arch import describe_model
+from shimpy.gguf.reader import read_header
+from shimpy.names import name_from_stem
+from shimpy.units import GIB, MIB
+from tests.benchmarks.card import (
+    generate,
+    hog,
+    home,
+    random_prompts,
+    resident,
+    run_streams,
+    shimpy_body,
+    used_vram,
+)
+from tests.daemon import Daemon, running_daemon
+
+N_STREAMS = 16
+ALLOWED_BYTES = 64 * MIB
+ALLOWED_SHARE = 0.02
+ALLOWED_UNUSED_BYTES = 300 * MIB
+
+
+class Rows:
+    """The results, in a file after each of them."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Print a row and keep it."""
+        print(" ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
+        self.rows.append(row)
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+
+
+def _shown(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def measure_rung(state: Path, model: Path, n_ctx: int, n_cpu_moe: int) -> dict[str, Any]:
+    """Load a model with the experts of so many layers in RAM; return the figures in MiB."""
+    flags = ("--n-ctx", str(n_ctx), "--n-cpu-moe", str(n_cpu_moe))
+    before = used_vram()
+    with running_daemon(state, model.parent, *flags, threads=None) as daemon:
+        row = {"n_ctx": n_ctx, "N": n_cpu_moe} | _serve(daemon, _name(model), before)
+    return row | {"simulated_s": _simulated_s(state)}
+
+
+def squeeze(state: Path, model: Path, left_gib: float) -> dict[str, Any]:
+    """Have a model loaded where only so much VRAM is free; return the figures in MiB."""
+    shape = describe_model(read_header(model))
+    layer = max((layer.expert_bytes for layer in shape.layers), default=0)
+    with hog(left_gib), running_daemon(state, model.parent, threads=None) as daemon:
+        before = used_vram()
+        row = {"left_gib": left_gib} | _serve(daemon, _name(model), before)
+    if row.get("mode") in {"experts-in-ram", "partial-gpu"}:
+        row["well_used"] = row["unused"] * MIB < layer + ALLOWED_UNUSED_BYTES
+    return row | {"simulated_s": _simulated_s(state)}
+
+
+def _serve(daemon: Daemon, model: str, before: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    answer = generate(daemon, model)
+    load_s = time.perf_counter() - started
+    if "error" in answer:
+        return {"error": answer["error"]}
+    placement = resident(daemon)["placement"]
+    taken = used_vram() - before
+    devices = placement["devices"]
+    predicted = sum(device["total_bytes"] for device in devices)
+    buffers = sum(device["real"]["total_bytes"] for device in devices)
+    off_bytes = sum(d["total_bytes"] - d["overhead_bytes"] for d in devices) - buffers
+    url = f"{daemon.url}/api/generate"
+    bodies = [shimpy_body(model)(prompt) for prompt in random_prompts(N_STREAMS, 5)]
+    rate, _ = asyncio.run(run_streams(url, bodies))
+    # Decoding alone, after the cards are warm.
+    alone = generate(daemon, model, 96)
+    allowed = max(ALLOWED_BYTES, ALLOWED_SHARE * taken)
+    return {
+        "mode": placement["mode"],
+        "ngl": placement["n_gpu_layers"],
+        "n_cpu_moe": placement["n_cpu_moe"],
+        "ctx": placement["n_ctx"],
+        "kv": placement["kv_type"],
+        "held": placement["load_mode"],
+        "ubatch": placement["n_ubatch"],
+        "figures": placement["figures"],
+        "buffers_off": off_bytes / MIB,
+        "buffers": buffers // MIB,
+        "predicted": predicted // MIB,
+        "smi": taken // MIB,
+        "off": (predicted - taken) / MIB,
+        "ok": abs(predicted - taken) <= allowed,
+        "smi_heavy": (used_vram() - before) // MIB,
+        "unused": sum(d["free_bytes"] - d["total_bytes"] for d in devices) // MIB,
+        "load_s": load_s,
+        "tok_s_16": rate,
+        "tok_s_1": alone["eval_count"] / max(1e-9, alone["eval_duration"] / 1e9),
+    }
+
+
+def _name(model: Path) -> str:
+    return str(name_from_stem(model.stem))
+
+
+def _simulated_s(state: Path) -> float:
+    """Return how long the last daemon simulated, by its log."""
+    log = (state / "serve.log").read_text(errors="replace")
+    return sum(float(s) for s in re.findall(r'"s": ?([\d.]+)[^\n]*"event": ?"simulated"', log))
+
+
+@contextlib.contextmanager
+def _state(path: Path | None) -> Iterator[Path]:
+    if path is None:
+        with home() as state:
+            yield state
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.memory", description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--n-ctx", type=int, nargs="+", default=[4096])
+    parser.add_argument("--rungs", type=int, nargs="+", default=[])
+    parser.add_argument("--squeeze", type=float, nargs="+", default=[], metavar="GIB")
+    parser.add_argument("--state", type=Path, help="a folder that is kept")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    model, rows = arguments.model.absolute(), Rows(arguments.json)
+    print(f"{used_vram() / GIB:.2f} GiB in use before", flush=True)
+    with _state(arguments.state) as state:
+        for n_ctx in arguments.n_ctx:
+            for n_cpu_moe in arguments.rungs:
+                rows.add(measure_rung(state, model, n_ctx, n_cpu_moe))
+        for left_gib in arguments.squeeze:
+            rows.add(squeeze(state, model, left_gib))
+        overheads = state / "state" / "overheads.json"
+        if overheads.exists():
+            print(overheads.read_text(encoding="utf-8"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
