@@ -74,6 +74,8 @@ class Batcher:
         self._is_read = True
         # The head of the queue did not fit; nothing has left since.
         self._is_blocked = False
+        # Streams get a batch between two of them.
+        self._may_restore = True
 
     @property
     def n_running(self) -> int:
@@ -219,11 +221,11 @@ class Batcher:
         while self._waiting and not self._is_blocked and self._slots.has_idle:
             sequence = self._waiting[0]
             match = self._slots.best_match(sequence)
-            if not sequence.is_sought:
-                sequence.is_sought = True
-                restore = self._plan_restore(sequence, match)
-                if restore is not None:
-                    return restore
+            prefix = self._find_saved(sequence, match)
+            if prefix is not None:
+                if self._running and not self._may_restore:
+                    return None
+                return self._plan_restore(sequence, prefix)
             if not self._fits(sequence, match):
                 self._is_blocked = True
                 return None
@@ -234,29 +236,36 @@ class Batcher:
                 sequence.admitted_s = now
         return None
 
-    def _plan_restore(self, sequence: Sequence, match: Match) -> Restore | None:
-        """Look among what is saved for more of a prompt than any slot holds, or will hold."""
-        if not sequence.reuse or not self._saved:
+    def _find_saved(self, sequence: Sequence, match: Match) -> SavedPrefix | None:
+        """Look among what is saved for more of a prompt than any slot holds, or will hold.
+
+        Once for each sequence: what can't be restored then is computed.
+        """
+        if sequence.is_sought or not sequence.reuse or not self._saved:
             return None
         best = self._saved.best(sequence.tokens, max(match.n_now, match.n_soon))
         if best is None:
             return None
-        prefix, n_common = best
-        # It is held whole beside all that runs, until the sequence has taken its part.
-        if not self._fits(sequence, Match(), len(prefix.tokens) - n_common):
-            return None
+        prefix, _ = best
+        # It is held whole until the sequence has taken its part; the rest gives way then.
+        has_room = self._slots.n_cells_busy() + len(prefix.tokens) <= self._n_ctx
+        return prefix if has_room and self._fits(sequence, Match()) else None
+
+    def _plan_restore(self, sequence: Sequence, prefix: SavedPrefix) -> Restore:
+        sequence.is_sought = True
+        self._may_restore = False
         slot = self._slots.make_way(sequence, len(prefix.tokens))
         return Restore(self._slots.take_ops(), slot, prefix)
 
-    def _fits(self, sequence: Sequence, match: Match, n_more: int = 0) -> bool:
-        """Whether a sequence's prompt, a margin and `n_more` tokens fit beside all that runs.
+    def _fits(self, sequence: Sequence, match: Match) -> bool:
+        """Whether a sequence's prompt and a margin fit beside all that runs.
 
         Idle caches do not count: they give way. Alone, a sequence always fits.
         """
-        if not self._running and not n_more:
+        if not self._running:
             return True
         n_left = sequence.n_predict - sequence.n_generated
-        n_need = len(sequence.tokens) - match.n_from_busy + min(MARGIN, n_left) + n_more
+        n_need = len(sequence.tokens) - match.n_from_busy + min(MARGIN, n_left)
         n_promised = sum(s.n_pending - (s.n_shared if s.leader else 0) for s in self._running)
         return self._slots.n_cells_busy() + n_promised + n_need <= self._n_ctx
 
@@ -296,6 +305,7 @@ class Batcher:
     def _compose(
         self, generating: list[Sequence], prefilling: list[Sequence], n_prefill: int
     ) -> Batch:
+        self._may_restore = True
         chunks = [_chunk(sequence, 1) for sequence in generating]
         sequences = [*generating]
         for sequence, n in _share_out(prefilling, n_prefill):

@@ -46,7 +46,13 @@ SAVE_S: Final = 2.0
 # ...and ends the process when it is not over by then. The daemon's patience is longer.
 MAX_SAVE_S: Final = 4.0
 # What is written and summed in a second, before anything was measured.
-_BYTES_PER_S: Final = 300e6
+_BYTES_PER_S: Final = 500e6
+# What takes less is too quick to tell how fast it was.
+_TELLING_S: Final = 0.1
+# llama.cpp counts a state's bytes by going over its pieces. Where sequences generated side by
+# side, and values lie transposed, these are two bytes each and tens of millions; writing one
+# takes about so many times as long as counting it.
+_WRITE_PER_COUNT: Final = 20
 # Files of one model that are looked at.
 _MAX_FILES: Final = 256
 _FOLDER_MODE: Final = 0o700
@@ -124,7 +130,11 @@ class PrefixStore:
             started_s = time.monotonic()
             n_state = self._backend.state_bytes(save.slot)
             n_bytes = file_bytes(n_state, len(save.tokens))
-            if started_s + n_bytes / bytes_per_s > until_s:
+            counted_s = time.monotonic() - started_s
+            needed_s = n_bytes / bytes_per_s + _WRITE_PER_COUNT * counted_s
+            if started_s + needed_s > until_s:
+                reason = f"it would take about {needed_s:.1f} s"
+                self._send(PrefixNews("skipped", len(save.tokens), n_bytes, reason=reason))
                 continue
             try:
                 prefix = self._save(save, n_bytes, rank)
@@ -133,7 +143,8 @@ class PrefixStore:
                 continue
             took_s = time.monotonic() - started_s
             self._tell("saved", prefix, took_s)
-            bytes_per_s = max(prefix.n_bytes / took_s, 1.0)
+            if took_s > _TELLING_S:
+                bytes_per_s = prefix.n_bytes / took_s
 
     def _save(self, save: Save, n_bytes: int, rank: int) -> SavedPrefix:
         tokens = array("i", save.tokens)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
 
-from shimpy.engine.batcher import MARGIN, Batch, Batcher
+from shimpy.engine.batcher import MARGIN, Batch, Batcher, Restore
 from shimpy.engine.pace import MIN_CHUNK
+from shimpy.engine.prefixes import SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import Sequence
 
 
@@ -328,3 +330,110 @@ def test_a_sequence_ends_at_the_models_own_length() -> None:
     sequence = bench.submit(60)
     bench.batcher.next_batch(0.0)
     assert [bench.batcher.on_token(sequence, 9) for _ in range(4)] == [True, True, True, False]
+
+
+# --- what is restored ---
+
+LONG = list(range(50_000, 51_000))
+
+
+def prefix(tokens: list[int], name: str = "a") -> SavedPrefix:
+    return SavedPrefix(name, array("i", tokens), 0)
+
+
+def keeping(*prefixes: SavedPrefix, whole: bool = False, **shape: Any) -> Bench:
+    return Bench(saved=SavedPrefixes(prefixes, whole=whole), **shape)
+
+
+def restore(bench: Bench) -> Restore:
+    work = bench.batcher.next_batch(bench.now)
+    assert isinstance(work, Restore)
+    bench.batcher.on_restored(work)
+    return work
+
+
+def test_a_saved_prefix_comes_back_before_its_prompt_is_computed() -> None:
+    bench = keeping(prefix(LONG))
+    sequence = bench.submit_tokens([*LONG, 1, 2])
+    assert restore(bench).prefix.name == "a"
+    assert bench.step() == {sequence: 2}
+    assert sequence.n_cached == len(LONG)
+    assert bench.batcher.n_kv_used == len(LONG) + 2
+
+
+def test_what_could_not_be_restored_is_computed() -> None:
+    bench = keeping(prefix(LONG))
+    sequence = bench.submit_tokens([*LONG, 1, 2])
+    assert isinstance(bench.batcher.next_batch(0.0), Restore)
+    assert bench.step() == {sequence: 512}
+    assert sequence.n_cached == 0
+
+
+def test_only_the_part_in_common_counts() -> None:
+    bench = keeping(prefix(LONG))
+    sequence = bench.submit_tokens([*LONG[:600], 1, 2])
+    restore(bench)
+    assert bench.step() == {sequence: 2}
+    assert (sequence.n_cached, bench.batcher.n_kv_used) == (600, 602)
+
+
+def test_a_prompt_that_wants_no_cache_restores_nothing() -> None:
+    bench = keeping(prefix(LONG))
+    bench.submit_tokens([*LONG, 1], reuse=False)
+    assert bench.plan().n_prefill == 512
+
+
+def test_what_another_slot_holds_or_will_hold_is_not_restored() -> None:
+    bench = keeping(prefix(LONG))
+    first, second = bench.submit_tokens([*LONG, 1]), bench.submit_tokens([*LONG, 2])
+    restore(bench)
+    assert set(bench.step()) == {first, second}
+    third = bench.submit_tokens([*LONG, 3])
+    assert third in bench.step()
+
+
+def test_a_prefix_is_not_restored_where_it_does_not_fit_beside_what_runs() -> None:
+    bench = keeping(prefix(LONG), n_ctx=1960)
+    bench.submit(1000)
+    bench.step()
+    bench.step()
+    sequence = bench.submit_tokens(LONG[:800])
+    assert sequence in bench.step()
+    assert sequence.n_cached == 0
+    alone = keeping(prefix(LONG), n_ctx=1024)
+    alone.submit_tokens(LONG[:900])
+    restore(alone)
+
+
+def test_idle_caches_make_way_for_a_prefix() -> None:
+    bench = keeping(prefix(LONG), n_ctx=2048)
+    bench.submit(1500, n_predict=1)
+    for _ in range(3):
+        bench.step()
+    assert bench.batcher.n_kv_used == 1500
+    bench.submit_tokens([*LONG, 1])
+    assert restore(bench).ops != []
+    assert bench.batcher.n_kv_used <= 2048
+
+
+def test_streams_go_on_between_two_restores() -> None:
+    other = [-token for token in LONG]
+    bench = keeping(prefix(LONG), prefix(other, "b"))
+    stream = bench.submit(1)
+    bench.step()
+    bench.submit_tokens([*LONG, 1])
+    bench.submit_tokens([*other, 1])
+    assert restore(bench).prefix.name == "a"
+    assert stream in bench.step()
+    assert restore(bench).prefix.name == "b"
+
+
+def test_a_restored_window_is_used_whole_or_not_at_all() -> None:
+    bench = keeping(prefix(LONG), whole=True)
+    first = bench.submit_tokens([*LONG, 1, 2], n_predict=1)
+    restore(bench)
+    assert bench.step() == {first: 2}
+    second = bench.submit_tokens([*LONG, 1, 5])
+    third = bench.submit_tokens([*LONG[:900], 1, 5])
+    bench.step()
+    assert (second.n_cached, third.n_cached) == (len(LONG) + 1, 0)
