@@ -56,13 +56,23 @@ def placement_headers(report: Report) -> tuple[str, ...]:
     return NEEDS + firsts + tuple(f"ALL@{n} tok/s" for n in counts if n > 1)
 
 
-MEMORY_HEADERS = (
-    "", "PLACEMENT", "PLANNED", "BUFFERS", "PROCESS", "CARD", "CARD AFTER WORK", "RAM",
-)  # fmt: skip
+def memory_headers(report: Report) -> tuple[str, ...]:
+    """Return the headers of `memory_rows`."""
+    vram = ("PLANNED", "BUFFERS", "PROCESS", "CARD", "CARD AFTER WORK")
+    return ("", "PLACEMENT", *(vram if _has_vram(report) else ()), "RAM")
+
+
+def _has_vram(report: Report) -> bool:
+    return any(m.candidate.rung.placement.devices for m in report.measurements)
 
 
 def memory_rows(report: Report) -> list[tuple[str, ...]]:
     """Return a row for each placement: VRAM as planned and by three readings, and RAM."""
+    rows = _memory_rows(report)
+    return rows if _has_vram(report) else [(*row[:2], row[-1]) for row in rows]
+
+
+def _memory_rows(report: Report) -> list[tuple[str, ...]]:
     return [
         (
             "*" if m is report.best else "",

@@ -56,6 +56,10 @@ class Effort:
         return max(4096, -(-cells // 256) * 256)
 
 
+# Of fewer samples nobody can tell how much they vary.
+_LEAST_SAMPLES: Final = 3
+_UNKNOWN_NOISE: Final = 0.25
+
 GPU_EFFORT: Final = Effort()
 # On the CPU alone long prompts for 16 take minutes.
 CPU_EFFORT: Final = Effort(n_prompt=128, n_generated=32, streams=(1, 4), n_repetitions=3)
@@ -107,4 +111,12 @@ class Measurement:
             spot=spot_of(self.candidate.rung.placement),
             prefill_per_s=self.prefill_per_s.median,
             decode_per_s=self.decode_per_s.median,
+            noise=max(_noise(self.prefill_per_s), _noise(self.decode_per_s)),
         )
+
+
+def _noise(summary: Summary) -> float:
+    """Return the deviation as a part of the median."""
+    if len(summary.samples) < _LEAST_SAMPLES:
+        return _UNKNOWN_NOISE
+    return summary.deviation / summary.median

@@ -440,7 +440,7 @@ def _explained(path: Path | None) -> Iterator[None]:
 
 def _print_tables(report: Report) -> None:
     from shimpy.bench.report import (
-        MEMORY_HEADERS,
+        memory_headers,
         memory_rows,
         placement_headers,
         placement_rows,
@@ -450,7 +450,7 @@ def _print_tables(report: Report) -> None:
     click.echo(_title(report))
     print_table(placement_headers(report), placement_rows(report))
     click.echo()
-    print_table(MEMORY_HEADERS, memory_rows(report))
+    print_table(memory_headers(report), memory_rows(report))
     for reason in report.left_out:
         click.echo(f"left out: {reason}")
     best = report.best

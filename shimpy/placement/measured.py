@@ -4,7 +4,8 @@
 more on the GPU is faster. It holds until a measurement says otherwise:
 
 1. Nothing was measured that may be used and fits now: the ladder's choice stays.
-2. The ladder's choice was measured: another that fits is taken where it was 5 % faster.
+2. The ladder's choice was measured: another that fits is taken where it was faster by 5 % and
+   by what the repetitions of both differed among themselves.
 3. It was not, but placements with more and with less in RAM were: it is taken to be between
    them, since each layer in RAM costs about the same time for a token.
 4. Only some with more in RAM were: it is no slower than those, and stays before them.
@@ -38,8 +39,8 @@ Planner = Callable[[ModelShape, Hardware, PlanOptions], Plan]
 # The request that placements are compared by: tokens in and out.
 N_PROMPT: Final = 512
 N_ANSWER: Final = 256
-# A gain of less is the noise of measuring, and no reason to leave the ladder.
-_LEAST_GAIN: Final = 1.05
+# A gain of less is no reason to leave the ladder, besides the noise of measuring.
+_LEAST_GAIN: Final = 0.05
 _ORDER: Final[tuple[Mode, ...]] = ("gpu", "experts-in-ram", "partial-gpu", "cpu")
 
 
@@ -62,6 +63,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     spot: Spot
     prefill_per_s: float
     decode_per_s: float
+    # How far repetitions differed from each other, as a part of the rate.
+    noise: float = 0.0
 
     @property
     def request_s(self) -> float:
@@ -208,7 +211,8 @@ def _stays(own: Spot, best: Speed, speeds: Sequence[Speed]) -> bool:
     """Whether the ladder's choice is expected to be no slower than the best that fits."""
     expected_s = _expected_s(own, speeds)
     if expected_s is not None:
-        return expected_s <= best.request_s * _LEAST_GAIN
+        noise = best.noise + sum(speed.noise for speed in speeds if speed.spot == own)
+        return expected_s <= best.request_s * (1 + _LEAST_GAIN + noise)
     return not (_is_on_line(best.spot, own) and _amount(best.spot) < _amount(own))
 
 

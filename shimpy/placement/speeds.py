@@ -101,7 +101,10 @@ def read_speed_file(path: Path) -> SpeedFile | None:
 
 
 def _is_sound(file: SpeedFile) -> bool:
-    return all(speed.prefill_per_s > 0 and speed.decode_per_s > 0 for speed in file.speeds)
+    return all(
+        speed.prefill_per_s > 0 and speed.decode_per_s > 0 and speed.noise >= 0
+        for speed in file.speeds
+    )
 
 
 def machine_name(hardware: Hardware) -> str:

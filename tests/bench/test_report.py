@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from shimpy.bench import plot
 from shimpy.bench.report import (
-    MEMORY_HEADERS,
+    memory_headers,
     memory_rows,
     placement_headers,
     placement_rows,
     report_to_json,
 )
+from shimpy.bench.summary import Summary
 from shimpy.errors import UnsupportedError
 from shimpy.units import GIB, MIB
 from tests.bench.support import measurement, report
@@ -40,11 +42,19 @@ def test_rows_have_a_cell_for_each_header() -> None:
 
 
 def test_memory_is_told_as_planned_and_by_three_readings() -> None:
-    (row,) = memory_rows(report(measurement(8, 50)))
-    assert len(row) == len(MEMORY_HEADERS)
+    found = report(measurement(8, 50))
+    (row,) = memory_rows(found)
+    assert len(row) == len(memory_headers(found)) == 8
     assert row[3:] == ("3.1 GiB", "4.9 GiB", "4.9 GiB", "4.9 GiB", "2.0 GiB")
-    (row,) = memory_rows(report(measurement(0, 50, vram=0)))
-    assert row[2:] == ("-", "-", "-", "-", "-", "2.0 GiB")
+    found = report(measurement(0, 50, vram=0))
+    assert memory_headers(found) == ("", "PLACEMENT", "RAM")
+    assert memory_rows(found) == [("*", "N = 0", "2.0 GiB")]
+
+
+def test_the_noise_of_a_speed_is_the_larger_deviation() -> None:
+    found = measurement(0, 50)
+    assert found.speed.noise == 100 / 1100
+    assert replace(found, decode_per_s=Summary((50.0, 51.0))).speed.noise == 0.25
 
 
 def test_json_has_every_sample() -> None:

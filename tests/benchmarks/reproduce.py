@@ -149,6 +149,10 @@ def measure_case(name: str, results: Results, arguments: argparse.Namespace) -> 
         return
     path = arguments.folder / f"synthetic-{name}.gguf"
     size = sum(n_bytes(type_name, shape) for _, shape, type_name in quantized(spec, file_type))
+    if not arguments.keep_files:
+        # Of a step that was killed: its model would take the room of this one.
+        for leftover in arguments.folder.glob("synthetic-*.gguf"):
+            leftover.unlink()
     free = shutil.disk_usage(arguments.folder).free
     if size + GIB > free:
         say(f"{name}: left out: {size / GIB:.1f} GiB, {path.parent} has {free / GIB:.1f} GiB free")

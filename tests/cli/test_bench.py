@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import click
 import pytest
@@ -51,10 +52,22 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(bench.command, [str(argument) for argument in arguments])
 
 
-def test_tables_files_and_a_plan_that_uses_it(model: Path, tmp_path: Path) -> None:
+def test_a_daemons_models_are_unloaded_and_it_plans_with_what_was_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    done = run(model, *QUICK, "--json", data, "--plot", picture)
-    assert done.exit_code == 0, done.output
+    with (
+        running_daemon(tmp_path / "home", model.parent) as daemon,
+        Client(daemon.url) as client,
+    ):
+        monkeypatch.setenv("SHIMPY_HOST", daemon.url)
+        client.load("mixtral")
+        done = run(model, *QUICK, "--json", data, "--plot", picture, "--unload")
+        assert done.exit_code == 0, done.output
+        assert f"The daemon at {daemon.url} holds mixtral:latest" in done.stderr
+        assert client.ps()["models"] == []
+        client.load("mixtral")
+        assert client.plan({"model": "mixtral"})["reason"].startswith("measured: ")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("mixtral:latest on ")
     assert sum(line.startswith("*") for line in lines) == 2
@@ -66,6 +79,42 @@ def test_tables_files_and_a_plan_that_uses_it(model: Path, tmp_path: Path) -> No
     assert "3 speeds are kept in" in done.stderr
     plan = CliRunner().invoke(plan_command, [str(model), "--json"])
     assert json.loads(plan.stdout)["reason"].startswith("measured: ")
+
+
+class Holder:
+    """A daemon's client, with one model loaded."""
+
+    def __init__(self, *_: object) -> None:
+        self.unloaded: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def ps(self) -> dict[str, Any]:
+        return {"models": [{"name": "some:model"}]}
+
+    def unload(self, name: str) -> None:
+        self.unloaded.append(name)
+
+
+def test_a_daemon_keeps_its_models_where_nobody_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shimpy.client.Client", Holder)
+    bench._make_room(unload=False)
+    said = capsys.readouterr().err
+    assert "holds some:model" in said
+    assert "`shimpy bench --unload` has them unloaded first" in said
+
+
+def test_a_model_that_stays_in_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shimpy.client.Client", Holder)
+    monkeypatch.setattr(bench, "_UNLOAD_S", 0.0)
+    with pytest.raises(ShimpyError, match="some:model is still in use"):
+        bench._make_room(unload=True)
 
 
 def test_json_on_stdout_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,27 +194,6 @@ def test_ctrl_c_ends_it_with_its_worker_and_shows_what_there_is(
     assert "1 thread, plain attention" in done.stdout
     assert "flash attention" not in done.stdout
     assert not (tmp_path / "home" / "state" / "speeds").exists()
-
-
-def test_a_daemon_that_holds_models_is_named_and_unloads_when_asked(
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with running_daemon(tmp_path / "daemon", model.parent) as daemon, Client(daemon.url) as client:
-        monkeypatch.setenv("SHIMPY_HOST", daemon.url)
-        bench._make_room(unload=False)
-        assert capsys.readouterr().err == ""
-        client.load("mixtral")
-        bench._make_room(unload=False)
-        said = capsys.readouterr().err
-        assert f"The daemon at {daemon.url} holds mixtral:latest" in said
-        assert "--unload" in said
-        assert len(client.ps()["models"]) == 1
-        bench._make_room(unload=True)
-        assert "It keeps them" not in capsys.readouterr().err
-        assert client.ps()["models"] == []
 
 
 def test_a_daemon_elsewhere_takes_nothing_here() -> None:

@@ -63,6 +63,10 @@ def test_the_fastest_that_was_measured_and_fits_is_taken_and_said() -> None:
 def test_a_gain_within_the_noise_changes_nothing() -> None:
     plan = planned(speed_at(LADDER, 60), speed_at(LADDER + 2, 61))
     assert n_in_ram(plan) == LADDER
+    faster = speed_at(LADDER + 2, 70)
+    assert n_in_ram(planned(speed_at(LADDER, 60), faster)) == LADDER + 2
+    noisy = msgspec.structs.replace(faster, noise=0.2)
+    assert n_in_ram(planned(speed_at(LADDER, 60), noisy)) == LADDER
     assert plan.reason.startswith("measured: 60 tok/s")
 
 
