@@ -6,14 +6,11 @@ that holds models takes memory and processors from what is measured, so it is as
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,18 +18,12 @@ from shimpy.cli.options import config_option
 from shimpy.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from shimpy.bench.candidates import Selection
-    from shimpy.bench.measure import Bench
     from shimpy.bench.report import Report
-    from shimpy.bench.results import Effort, Measurement
-    from shimpy.client import Client
+    from shimpy.bench.results import Effort
     from shimpy.config import Config
     from shimpy.placement.hardware import Hardware
 
 _KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-_UNLOAD_S = 30.0
-_POLL_S = 0.1
 
 
 def _parse_counts(least: int) -> Any:
@@ -143,7 +134,9 @@ def command(
     from shimpy.bench.plot import check_can_plot
     from shimpy.bench.readings import Readings
     from shimpy.bench.report import Report
+    from shimpy.cli.holders import make_room
     from shimpy.cli.plan import find_hardware, find_model, plan_options
+    from shimpy.cli.sweep import Sweep
     from shimpy.config import load_config
     from shimpy.errors import WorkerError
     from shimpy.logs import setup_logging
@@ -159,7 +152,7 @@ def command(
     assert found.shape is not None, "find_model returns only models that can be used"
     if found.shape.is_embedding or found.shape.is_reranker:
         raise click.UsageError(f"{found.name} computes embeddings; bench measures generation")
-    _make_room(unload=unload)
+    make_room(unload=unload)
     hardware = limit_vram(find_hardware(config, vram=(), ram=None), budget)
     effort = _effort(streams, prompt, predict, repeat, has_gpu=bool(hardware.gpus))
     options = plan_options(
@@ -184,7 +177,7 @@ def command(
         readings=Readings(hardware.gpus),
         deadlines=Deadlines(load_s=config.load_timeout, silence_s=config.hang_timeout),
     )
-    sweep = _Sweep(bench, selection)
+    sweep = Sweep(bench, selection)
     sweep.run()
     report = Report(
         model=found,
@@ -220,173 +213,6 @@ def _effort(
         streams=streams or usual.streams,
         n_repetitions=n_repetitions or usual.n_repetitions,
     )
-
-
-# --- a daemon that holds models ---------------------------------------------------------------
-
-
-def _make_room(*, unload: bool) -> None:
-    """Say what a daemon on this machine holds, and have it unloaded where that is wanted."""
-    from shimpy.cli.output import hint, waiting
-    from shimpy.client import Client
-    from shimpy.config import client_url
-    from shimpy.errors import DaemonError, UnreachableError
-
-    url = client_url()
-    if not _is_local(url):
-        return
-    with Client(url) as client:
-        try:
-            names = [model["name"] for model in client.ps()["models"]]
-        except UnreachableError:
-            return
-        except DaemonError as error:
-            hint(f"the daemon at {url} does not tell what it holds: {error.message}")
-            return
-        if not names:
-            return
-        hint(
-            f"The daemon at {url} holds {', '.join(names)}: its memory is not free to measure in, "
-            "and its requests would slow what is measured."
-        )
-        if not unload and not _agrees():
-            hint("It keeps them. `shimpy bench --unload` has them unloaded first.")
-            return
-        for name in names:
-            client.unload(name)
-        with waiting("waiting for requests to end"):
-            _wait_unloaded(client)
-
-
-def _is_local(url: str) -> bool:
-    """Whether a daemon's address is on this machine."""
-    return url.startswith("unix:") or urlsplit(url).hostname in _LOOPBACK
-
-
-def _agrees() -> bool:
-    """Ask on a terminal whether to unload; elsewhere nobody is there to agree."""
-    return sys.stdin.isatty() and click.confirm("Unload them first?", default=True, err=True)
-
-
-def _wait_unloaded(client: Client) -> None:
-    """Wait until the daemon holds nothing.
-
-    Raises:
-        DaemonError: requests keep a model loaded.
-    """
-    from shimpy.errors import DaemonError
-
-    deadline = time.monotonic() + _UNLOAD_S
-    while held := [model["name"] for model in client.ps()["models"]]:
-        if time.monotonic() > deadline:
-            raise DaemonError(
-                f"{', '.join(held)} is still in use after {_UNLOAD_S:.0f} s; stop its requests, "
-                "or the daemon"
-            )
-        time.sleep(_POLL_S)
-
-
-# --- the sweep --------------------------------------------------------------------------------
-
-
-class _Sweep:
-    """Measures one candidate after the other; what was measured before a Ctrl-C is kept."""
-
-    def __init__(self, bench: Bench, selection: Selection) -> None:
-        self._bench = bench
-        self._candidates = selection.candidates
-        self.measurements: list[Measurement] = []
-        self.failures: list[str] = []
-        self.was_interrupted = False
-
-    def run(self) -> None:
-        """Measure all; a candidate that fails is left out with its reason."""
-        import asyncio
-
-        n_steps = self._bench.effort.n_steps * len(self._candidates)
-        with _progress(n_steps) as progress:
-            try:
-                asyncio.run(self._measure_all(progress))
-            except KeyboardInterrupt:
-                self.was_interrupted = True
-
-    async def _measure_all(self, progress: _Progress) -> None:
-        from dataclasses import replace
-
-        from shimpy.errors import ShimpyError
-
-        n_all, n_steps = len(self._candidates), self._bench.effort.n_steps
-        for number, candidate in enumerate(self._candidates):
-            title = f"[{number + 1}/{n_all}] {candidate.label}"
-            bench = replace(self._bench, on_step=partial(progress.step, title))
-            try:
-                measurement = await bench.measure(candidate)
-            except ShimpyError as error:
-                self.failures.append(f"{candidate.label}: {error.message}")
-                progress.say(f"{title}: {error.message}")
-            else:
-                self.measurements.append(measurement)
-                decode = measurement.decode_per_s.median
-                progress.say(f"{title}: {decode:.3g} tok/s")
-            progress.at((number + 1) * n_steps)
-
-
-class _Progress(Protocol):
-    def step(self, title: str, what: str) -> None:
-        """Show what is done now of a placement."""
-
-    def at(self, n_done: int) -> None:
-        """Show that so many steps are done."""
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-
-
-class _Lines:
-    """Progress where nobody watches: a line for each placement."""
-
-    def step(self, title: str, what: str) -> None:
-        """Show nothing."""
-
-    def at(self, n_done: int) -> None:
-        """Show nothing."""
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        click.echo(text, err=True)
-
-
-@contextmanager
-def _progress(n_steps: int) -> Iterator[_Progress]:
-    """Show progress on standard error as long as the block runs."""
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    class Bar:
-        """One bar for the whole sweep."""
-
-        def __init__(self, progress: Progress) -> None:
-            self._progress = progress
-            self._task = progress.add_task("", total=n_steps)
-
-        def step(self, title: str, what: str) -> None:
-            """Move it on, and say what is done now."""
-            self._progress.update(self._task, description=f"{title}: {what}", advance=1)
-
-        def at(self, n_done: int) -> None:
-            """Move it to where it is."""
-            self._progress.update(self._task, completed=n_done)
-
-        def say(self, text: str) -> None:
-            """Print a line above it."""
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield Bar(progress)
 
 
 # --- what came of it --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from shimpy.bench import plot
 from shimpy.bench.candidates import Candidate
 from shimpy.bench.measure import Bench
 from shimpy.bench.results import Measurement
-from shimpy.cli import bench
+from shimpy.cli import bench, holders
 from shimpy.cli.plan import command as plan_command
 from shimpy.client import Client
 from shimpy.errors import ShimpyError, UnsupportedError, UserError
@@ -104,7 +104,7 @@ def test_a_daemon_keeps_its_models_where_nobody_is_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("shimpy.client.Client", Holder)
-    bench._make_room(unload=False)
+    holders.make_room(unload=False)
     said = capsys.readouterr().err
     assert "holds some:model" in said
     assert "`shimpy bench --unload` has them unloaded first" in said
@@ -112,9 +112,9 @@ def test_a_daemon_keeps_its_models_where_nobody_is_asked(
 
 def test_a_model_that_stays_in_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shimpy.client.Client", Holder)
-    monkeypatch.setattr(bench, "_UNLOAD_S", 0.0)
+    monkeypatch.setattr(holders, "_UNLOAD_S", 0.0)
     with pytest.raises(ShimpyError, match="some:model is still in use"):
-        bench._make_room(unload=True)
+        holders.make_room(unload=True)
 
 
 def test_json_on_stdout_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +197,6 @@ def test_ctrl_c_ends_it_with_its_worker_and_shows_what_there_is(
 
 
 def test_a_daemon_elsewhere_takes_nothing_here() -> None:
-    assert bench._is_local("http://127.0.0.1:11435")
-    assert bench._is_local("unix:/run/shimpy.sock")
-    assert not bench._is_local("https://models.example:443")
+    assert holders.is_local("http://127.0.0.1:11435")
+    assert holders.is_local("unix:/run/shimpy.sock")
+    assert not holders.is_local("https://models.example:443")
