@@ -37,8 +37,10 @@ from shimpy.units import format_bytes
 
 ENGINE_ARGV = (sys.executable, "-m", "shimpy.engine")
 
-# Without it each abort runs gdb, which takes seconds and prints pages.
-WORKER_ENV = {"GGML_NO_BACKTRACE": "1"}
+# Without the first each abort runs gdb, which takes seconds and prints pages. The second is
+# numpy's: its OpenBLAS starts threads that spin as it is imported, and a worker multiplies no
+# matrices by it (0.15 s instead of 0.28 s until a worker is ready, on two cores).
+WORKER_ENV = {"GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 # libgomp's threads spin between operations, by default so long that one other busy thread on
 # the machine slows decoding three- to fourfold. 1000 rounds cost an idle machine nothing
