@@ -15,8 +15,9 @@ from msgspec.structs import replace
 
 from shimpy.engine import prefix_store
 from shimpy.engine.prefix_store import PrefixStore, prefix_key
-from shimpy.protocol.messages import Done, PrefixNews, Sampling, Text
+from shimpy.protocol.messages import Done, PrefixNews, Sampling, Shutdown, Text
 from tests.engine.harness import Rig, load_of
+from tests.engine.worker import TIMEOUT_S, Worker
 from tests.fake_backend import FakeBackend
 
 STEM = "You are a fox, and the fox is at the end of the story. " * 10
@@ -223,3 +224,17 @@ def test_a_model_s_files_as_they_are_make_the_key(tmp_path: Path) -> None:
     keys.add(prefix_key(replace(load, digest="a", path=str(model)), "k"))
     assert len(keys) == 5
     assert prefix_key(replace(load, digest="a", path=str(model)), "k") in keys
+
+
+def test_a_disk_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """The process ends in the middle of writing, and leaves nothing half done."""
+    model, folder = tmp_path / "stuck-save", tmp_path / "prefixes"
+    model.touch()
+    options = {"prefix_dir": str(folder), "prefix_cache_bytes": 1 << 30, "digest": "d" * 64}
+    with Worker.start(module="tests.engine.fake_worker") as worker:
+        worker.load(model, **SHAPE, **options)
+        worker.generate(1, STEM, n_predict=2)
+        worker.send(Shutdown())
+        worker.wait_for_line("stuck")
+        assert worker.process.wait(TIMEOUT_S) == 0
+    assert files(folder) == []
