@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import partial
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shimpy.errors import DoesNotFitError
 from shimpy.placement.hardware import Hardware
@@ -468,3 +471,43 @@ def test_a_machine_that_stays_the_same_sees_no_storm() -> None:
     assert len(sim.kinds("load")) <= 3 + len(sim.kinds("shrunk")) + len(sim.kinds("moved_up"))
     assert len(sim.kinds("shrunk")) + len(sim.kinds("moved_up")) <= 3
     assert not sim.kinds("evict")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    vram_mib=st.integers(300, 2600),
+    ram_mib=st.integers(500, 3000),
+    pattern=st.lists(
+        st.sampled_from([MOE, LIGHT_MOE, DENSE, OTHER, SMALL]), min_size=1, max_size=5
+    ),
+    pause_s=st.sampled_from([1, 15, 70]),
+)
+def test_the_same_again_and_again_comes_to_rest(
+    vram_mib: int, ram_mib: int, pattern: list[Model], pause_s: float
+) -> None:
+    """On a machine that stays the same, what is used in turn is moved a few times at most.
+
+    After that only those are loaded that had to leave, and each of them once per use.
+    """
+    sim = watching(make_hardware(vram_mib=vram_mib, ram_mib=ram_mib, others_mib=5000))
+
+    def rounds(seconds: float) -> None:
+        end_s = sim.now + seconds
+        while sim.now < end_s:
+            for model in pattern:
+                request = sim.request(model)
+                sim.settle()
+                if request in sim.granted:
+                    sim.release(request)
+                sim.watch(pause_s)
+
+    rounds(1200)
+    before = Counter(event.kind for event in sim.events)
+    rounds(600)
+    after = Counter(event.kind for event in sim.events)
+    after.subtract(before)
+    if not after["evict"]:
+        assert not after["shrunk"]
+        assert not after["moved_up"]
+        assert not after["load"]
+    assert after["load"] <= after["evict"] + after["shrunk"] + after["moved_up"]
