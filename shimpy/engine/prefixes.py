@@ -78,6 +78,9 @@ class SavedPrefixes:
         wanted = array("i", tokens[:-1])
         best: tuple[SavedPrefix, int] | None = None
         for prefix in self._prefixes.values():
+            # Most share nothing: they are told apart at once, however long.
+            if prefix.tokens[:MIN_GAIN] != wanted[:MIN_GAIN]:
+                continue
             n_known = len(prefix.tokens)
             n_common = common_prefix(prefix.tokens, wanted)
             gain = n_common - n_resident
