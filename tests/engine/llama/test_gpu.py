@@ -82,3 +82,21 @@ def test_a_full_gpu_is_told_as_such(tmp_path: Path, gpu: str) -> None:
     with pytest.raises(LoadError) as caught:
         load(path, devices=[gpu], n_gpu_layers=99, n_ctx=2**21)
     assert caught.value.out_of_memory
+
+
+@pytest.mark.parametrize("flash_attn", ["on", "off"])
+def test_a_state_moves_between_card_and_host(
+    flash_attn: str, llama_model: Path, gpu: str, tmp_path: Path
+) -> None:
+    """A model that is loaded elsewhere finds the prefixes that it left."""
+    ids, state = [65 + i % 20 for i in range(200)], tmp_path / "state"
+    with loaded(llama_model, devices=[gpu], n_gpu_layers=99, flash_attn=flash_attn) as backend:
+        prefill(backend, ids)
+        assert backend.save_state(0, str(state)) == state.stat().st_size
+        prefill(backend, [70], start=len(ids))
+        expected, key = logits(backend), backend.state_key
+    with loaded(llama_model, flash_attn=flash_attn) as backend:
+        assert backend.state_key == key
+        assert backend.load_state(1, str(state), len(ids))
+        prefill(backend, [70], slot=1, start=len(ids))
+        np.testing.assert_allclose(logits(backend), expected, atol=0.05)
