@@ -26,6 +26,7 @@ from shimpy.scheduler.room import (
     Start,
     Wait,
     describe_use,
+    plan_again,
 )
 from shimpy.scheduler.states import ModelQueue, Move, Phase, Purpose, Request, Resident, Retry
 
@@ -280,7 +281,7 @@ class Placing:
         """Return the rung that a moving model gets, and those to try if it proves too large."""
         if move.rungs:
             return next((rung for rung in move.rungs if rung_fits(rung, room)), None), ()
-        plan = policy.Wish(options=move.options).plan(self._planner, move.model, room)
+        plan = plan_again(move.model, move.options, self._planner, room)
         if plan.chosen is None or gpu_share(plan.chosen) < gpu_share(move.least):
             return None, ()
         return plan.chosen, policy.lower_rungs(plan, plan.chosen)

@@ -23,6 +23,7 @@ from shimpy.scheduler.room import (
     as_it_is,
     by_cost_to_bring_back,
     can_shrink,
+    plan_again,
     plan_shrink,
 )
 from shimpy.scheduler.states import Phase, Resident, WorkerId
@@ -134,8 +135,7 @@ def plan_better(resident: Resident, planner: policy.Planner, room: Hardware) -> 
     """Return the placement that a resident would get in this room, if clearly a better one."""
     if not room.gpus:
         return None
-    wish = policy.Wish(options=as_it_is(resident))
-    rung = wish.plan(planner, resident.model, room).chosen
+    rung = plan_again(resident.model, as_it_is(resident), planner, room).chosen
     if rung is None or rung.placement.n_ctx < resident.rung.placement.n_ctx:
         return None
     is_whole = rung.placement.mode == "gpu"

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from shimpy.errors import UserError
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Placement, Plan, PlanOptions, Rung
+from shimpy.registry.model import Model
 from shimpy.scheduler.ledger import HOST, Ledger, rung_fits, use_of
 from shimpy.scheduler.policy import Planner, Wish
 from shimpy.scheduler.states import Phase, Resident
@@ -219,13 +221,21 @@ def can_shrink(resident: Resident) -> bool:
 def plan_shrink(resident: Resident, planner: Planner, room: Hardware) -> Shrink | None:
     """Plan a resident with its experts in RAM; None: no room, or it would free no VRAM."""
     options = as_it_is(resident)
-    wish = Wish(options=replace(options, cpu_moe="on"))
-    rung = wish.plan(planner, resident.model, room).chosen
+    rung = plan_again(resident.model, replace(options, cpu_moe="on"), planner, room).chosen
     if rung is None or rung.placement.mode != "experts-in-ram":
         return None
     if sum(device.total_bytes for device in rung.devices) >= sum(use_of(resident).devices.values()):
         return None
     return Shrink(resident=resident, rung=rung, options=options)
+
+
+def plan_again(model: Model, options: PlanOptions, planner: Planner, room: Hardware) -> Plan:
+    """Plan a model that is loaded, with options of our own making."""
+    try:
+        return Wish(options=options).plan(planner, model, room)
+    except UserError as error:
+        # Nobody has asked, so nobody is told: it stays where it is.
+        return Plan(chosen=None, reason=error.message, ladder=())
 
 
 def as_it_is(resident: Resident) -> PlanOptions:

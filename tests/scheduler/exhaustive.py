@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from shimpy.placement.placement import Plan, PlanOptions, Rung
 from shimpy.registry.model import Model
-from shimpy.scheduler.policy import load_wish
 from shimpy.scheduler.room import as_it_is, can_shrink
 from shimpy.scheduler.states import ModelQueue, Phase
 from tests.scheduler.support import taken
@@ -29,11 +28,11 @@ def all_fit(sim: Simulation) -> str:
     if len(waited) != 1 or not steady or core._books.moving or waited[0].retry is not None:
         return ""
     queue = waited[0]
-    wish = load_wish(queue.waiting)
-    if wish.or_default or any(r.options != wish.options for r in queue.waiting):
+    options = queue.waiting[0].options
+    if any(request.options != options for request in queue.waiting):
         return ""
     others = [r for r in core.residents.values() if r is not queue.resident]
-    choices = [list(_good(sim, queue, wish.options))]
+    choices = [list(_good(sim, queue, options))]
     for resident in others:
         choices.append([resident.rung])
         if resident.is_idle and not resident.is_pinned and can_shrink(resident):

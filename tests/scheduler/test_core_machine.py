@@ -172,6 +172,8 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([20.0, 70.0, 200.0]))
     def nobody_asks(self, seconds: float) -> None:
         """Long enough for models to move up, with an answer to everything."""
+        for request in list(self.simulation.granted):
+            self.simulation.release(request)
         self.simulation.watch(seconds)
 
     @rule(
