@@ -70,9 +70,11 @@ async def stream(
             if b'"error"' in data:
                 raise RuntimeError(f"{url}: {data!r}")
     found.end_s = time.perf_counter() - found.started_s
-    # A refusal or a broken answer is quick: it must not count as one.
-    if found.n_events < found.n_predict // 2:
-        raise RuntimeError(f"{url}: {found.n_events} events of {found.n_predict} tokens")
+    # A refusal or a broken answer is quick: it must not count as one. Who tells no count sends
+    # an event for each token.
+    n_tokens = found.n_events if found.usage is None else found.usage["completion_tokens"]
+    if n_tokens < found.n_predict // 2:
+        raise RuntimeError(f"{url}: {n_tokens} of {found.n_predict} tokens")
     return found
 
 

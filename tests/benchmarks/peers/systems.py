@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import compileall
 import contextlib
 import json
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+import shimpy
 from shimpy.units import MIB
 from tests.benchmarks.peers.contenders import Server, start
 from tests.benchmarks.peers.models import many_models, setup_of
@@ -48,6 +50,8 @@ class System:
 def cold_start(name: str, place: Place) -> Metrics:
     """From exec to an answer: any answer, and the first token of a 200M model."""
     setup = setup_of("dense-200m", place.folder, place.n_threads)
+    # As pip leaves an installed package, also where a checkout keeps no bytecode.
+    compileall.compile_dir(str(Path(shimpy.__file__).parent), quiet=1)
     started_s = time.perf_counter()
     with start(name, setup, place.peers_python) as server:
         assert isinstance(server, Server)
@@ -64,9 +68,10 @@ def cold_start(name: str, place: Place) -> Metrics:
 def footprint(name: str, place: Place) -> Metrics:
     """Return the resident memory of an idle daemon, and of the idle processes beside a model.
 
-    Beside: without the pages of the model's file, which the page cache holds anyway.
+    Beside: without the pages of the model's file, which the page cache holds anyway, and with
+    the smallest context.
     """
-    setup = setup_of("demo", place.folder, 1)
+    setup = replace(setup_of("demo", place.folder, 1), n_ctx=512, n_slots=1)
     with start(name, setup, place.peers_python) as server:
         assert isinstance(server, Server)
         metrics = {}

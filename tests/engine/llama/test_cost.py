@@ -1,0 +1,53 @@
+"""What a token costs beside llama.cpp's own work, in instructions of the interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import shimpy
+from shimpy.engine.intake import Intake
+from shimpy.engine.loop import Engine
+from shimpy.protocol.messages import Sampling, Submit, Text, ToDaemon
+from tests.engine.llama.running import loaded
+from tests.opcodes import counted_opcodes
+
+ENGINE = Path(shimpy.__file__).parent / "engine"
+N_STEPS = 20
+
+
+def opcodes_per_token(model: Path, n_streams: int, sampling: Sampling) -> float:
+    """Return the engine's instructions for a token while so many answers are generated."""
+    with loaded(model, n_ctx=1024, n_slots=n_streams, n_threads=1) as backend:
+        sent: list[ToDaemon] = []
+        intake = Intake(send=sent.append, clock=lambda: 0.0)
+        intake.serve(backend, embeds=False)
+        engine = Engine(backend, inbox=intake.inbox, send=sent.append, clock=lambda: 0.0)
+        for request in range(n_streams):
+            prompt = [Text(f"{request} once upon a time", parse_special=True)]
+            intake.on_message(Submit(request, prompt, sampling=sampling))
+        # Prefill, first pieces, first candidates.
+        for _ in range(10):
+            engine.step()
+        with counted_opcodes(ENGINE) as opcodes:
+            for _ in range(N_STEPS):
+                engine.step()
+        return opcodes.n / (N_STEPS * n_streams)
+
+
+@pytest.mark.parametrize(
+    ("n_streams", "sampling", "limit"),
+    [
+        (1, Sampling(temperature=0.0), 1130 * 1.2),
+        (8, Sampling(temperature=0.0), 610 * 1.2),
+        (8, Sampling(temperature=0.8), 745 * 1.2),
+    ],
+    ids=["alone", "batched", "drawn"],
+)
+def test_a_token_costs_few_instructions(
+    llama_model: Path, n_streams: int, sampling: Sampling, limit: float
+) -> None:
+    """Measured with Python 3.11, and a fifth: who adds work to each token should know it."""
+    cost = opcodes_per_token(llama_model, n_streams, sampling)
+    assert cost <= limit
