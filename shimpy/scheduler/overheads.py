@@ -1,7 +1,7 @@
 """Learns what workers take on each card besides llama.cpp's buffers, and keeps it.
 
-Blocking, for threads: a reading takes a millisecond, and happens at most once a minute for a
-worker. Where no driver tells, the defaults stay.
+Blocking, for threads: a reading takes a millisecond, and happens at most every ten seconds for
+a worker. Where no driver tells, the defaults stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shimpy.protocol.messages import BufferUse
 from shimpy.registry.disk import write_file
 
 FILE_NAME: Final = "overheads.json"
-_PERIOD_S: Final = 60.0
+_PERIOD_S: Final = 10.0
 _MAX_CARDS: Final = 64
 _MAX_WORKERS: Final = 256
 

@@ -9,6 +9,7 @@ import pytest
 
 from shimpy.gguf.arch import ModelShape, describe_model
 from shimpy.gguf.reader import read_header
+from shimpy.placement.hardware import suppose
 from shimpy.placement.memory import (
     Context,
     Layout,
@@ -17,6 +18,8 @@ from shimpy.placement.memory import (
     kv_layer_bytes,
     pad_context,
 )
+from shimpy.placement.placement import PlanOptions
+from shimpy.placement.planner import plan_model
 from shimpy.units import GIB, MIB
 from tests.shapes import MODELS, FileType, quantized, write_gguf
 
@@ -248,3 +251,28 @@ def test_moving_experts_only_moves_experts(shape_of: ShapeOf) -> None:
     assert len(totals) == 1
     assert uses[1].gpus[0] == uses[0].gpus[0]
     assert uses[0].gpus[0].weights_bytes - uses[28].gpus[0].weights_bytes == 9471 * MIB
+
+
+# nvidia-smi's MiB on an H200 after one answer: file type, n_ctx, experts of N layers in RAM.
+ON_THE_CARD = [
+    ("Q4_K_M", 4096, 0, 11807),
+    ("Q4_K_M", 4096, 8, 9699),
+    ("Q4_K_M", 4096, 16, 6955),
+    ("Q4_K_M", 4096, 24, 4211),
+    ("Q4_K_M", 4096, 28, 2675),
+    ("Q4_K_M", 16384, 14, 10393),
+    ("F16", 4096, 28, 4438),
+]
+
+
+@pytest.mark.parametrize(("file_type", "n_ctx", "n_cpu_moe", "measured"), ON_THE_CARD)
+def test_a_plan_predicts_what_the_card_shows(
+    shape_of: ShapeOf, file_type: FileType, n_ctx: int, n_cpu_moe: int, measured: float
+) -> None:
+    """The driver's context and tables counted in; within 2 % or 64 MiB, by formulas alone."""
+    hardware = suppose(None, vram_bytes=[139 * GIB], ram_bytes=125 * GIB)
+    options = PlanOptions(n_ctx=n_ctx, cpu_moe=n_cpu_moe)
+    plan = plan_model(shape_of("deepseek-moe-16b", file_type), hardware, options)
+    assert plan.chosen is not None
+    predicted = plan.chosen.devices[0].total_bytes / MIB
+    assert abs(predicted - measured) <= max(0.02 * measured, 64)
