@@ -255,6 +255,7 @@ class FakeBackend:
         return 4 * len(self._kv[slot])
 
     def save_state(self, slot: int, path: str) -> int:
+        _demand(len(self._kv[slot]) >= self._n_whole[slot], "a window was not restored")
         state = array("i", self.content(slot)).tobytes()
         if self.fails_to_save:
             Path(path).write_bytes(state[:-1])

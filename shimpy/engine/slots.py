@@ -165,7 +165,12 @@ class Slots:
         """Return what the idle slots hold that another prompt can use, the last used first."""
         slots = sorted(self._slots, key=lambda slot: slot.last_used, reverse=True)
         return [
-            IdleCache(slot.id, slot.tokens[: slot.n_exact], min(slot.n_prompt, slot.n_exact))
+            IdleCache(
+                slot.id,
+                slot.tokens[: slot.n_exact],
+                # What was restored whole is not cut for a prompt that did not go on from it.
+                max(min(slot.n_prompt, slot.n_exact), slot.n_whole + 1),
+            )
             for slot in slots
             if slot.tokens and min(len(slot.tokens), slot.n_exact) >= slot.n_whole
         ]

@@ -68,6 +68,19 @@ def test_a_state_that_is_whole_goes_on_from_its_end(tmp_path: Path, shape: dict[
     assert (shorter.n_cached, kinds(news)) == (0, ["saved"])
 
 
+@pytest.mark.parametrize("n_steps", [1, 2, 3])
+def test_a_window_that_was_restored_is_never_cut(tmp_path: Path, n_steps: int) -> None:
+    """Also where its prompt was given up before anything was computed, and all is saved again."""
+    first, _ = life(tmp_path, has_window=True)
+    rig = Rig(FakeBackend(**SHAPE, has_window=True), prefixes=tmp_path)
+    rig.submit(1, [Text(STEM)], n_predict=20)
+    rig.step(n_steps)
+    rig.end()
+    assert kinds(rig.news) == ["restored"]
+    again, news = life(tmp_path, has_window=True)
+    assert (again.n_cached, kinds(news)) == (first.n_prompt - 1, ["restored"])
+
+
 def test_files_are_their_owners_alone(tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "prefixes"
     life(folder)
