@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from shimpy.engine import prefix_store
 from shimpy.engine.prefix_store import PrefixStore, prefix_key
-from shimpy.protocol.messages import Done, PrefixNews, Sampling, Shutdown, Text
+from shimpy.protocol.messages import Cancel, Done, PrefixNews, Sampling, Shutdown, Text
 from tests.engine.harness import Rig, load_of
 from tests.engine.worker import TIMEOUT_S, Worker
 from tests.fake_backend import FakeBackend
@@ -75,6 +75,7 @@ def test_a_window_that_was_restored_is_never_cut(tmp_path: Path, n_steps: int) -
     rig = Rig(FakeBackend(**SHAPE, has_window=True), prefixes=tmp_path)
     rig.submit(1, [Text(STEM)], n_predict=20)
     rig.step(n_steps)
+    rig.send(Cancel(1))
     rig.end()
     assert kinds(rig.news) == ["restored"]
     again, news = life(tmp_path, has_window=True)
