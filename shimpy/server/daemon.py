@@ -26,33 +26,24 @@ from shimpy.keys import KEYS_NAME, KeyFile
 from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.probe import probe_hardware
-from shimpy.placement.speeds import FOLDER as SPEEDS_NAME
-from shimpy.placement.speeds import Speeds
 from shimpy.registry.catalog import FILE_NAME as CATALOG_NAME
 from shimpy.registry.catalog import CatalogFile
 from shimpy.registry.own import BuiltIn, StoreModels
 from shimpy.registry.registry import Registry
 from shimpy.registry.store import LEFTOVER_S, Store
 from shimpy.registry.tools import tool_sources
-from shimpy.scheduler.overheads import FILE_NAME as OVERHEADS_NAME
-from shimpy.scheduler.overheads import Overheads
 from shimpy.scheduler.scheduler import Scheduler
-from shimpy.scheduler.simulations import FILE_NAME as SIMULATIONS_NAME
-from shimpy.scheduler.simulations import Simulations
 from shimpy.server.app import make_app
-from shimpy.server.cards import ModelCards
+from shimpy.server.composition import composed
 from shimpy.server.connections import IDLE_TIMEOUT_S, Connections, allow_files, http_logger
-from shimpy.server.freshness import FreshRegistry
 from shimpy.server.gate import Gate
 from shimpy.server.guard import Guard
 from shimpy.server.idling import wait_unneeded
 from shimpy.server.listening import exposed_host, open_bind, unix_paths, urls_of
 from shimpy.server.machine import Machine, report_hardware
-from shimpy.server.metrics import Metrics
 from shimpy.server.prefixes import watch_gone
-from shimpy.server.pulling import make_pulls
 from shimpy.server.reload import Reloader
-from shimpy.server.services import Lifecycle, Services
+from shimpy.server.services import Services
 from shimpy.server.systemd import (
     feed_watchdog,
     inherited_sockets,
@@ -114,9 +105,6 @@ async def _serve(
     load: Callable[[], Config] | None,
 ) -> None:
     catalog = await asyncio.to_thread(CatalogFile, config_folder() / CATALOG_NAME)
-    fresh = FreshRegistry(make_registry(config, store, catalog, tool_folders()))
-    overheads = Overheads(config.state_dir / OVERHEADS_NAME)
-    machine = Machine(make_probe(config), overheads)
     tls = await asyncio.to_thread(make_tls, config.tls_cert, config.tls_key)
     inherited = inherited_sockets()
     sockets = inherited or await open_bind(config.bind)
@@ -129,45 +117,24 @@ async def _serve(
             is_exposed=exposed is not None and not config.insecure,
         )
         _check_exposure(gate, exposed, has_tls=tls is not None)
-        speeds = Speeds(config.state_dir / SPEEDS_NAME)
-        simulations = Simulations(config.state_dir / SIMULATIONS_NAME, speeds=speeds)
         async with (
-            Scheduler(
+            composed(
                 config,
-                partial(_probe, machine, speeds),
-                simulations=simulations,
-                overheads=overheads,
-            ) as scheduler,
-            asyncio.TaskGroup() as tasks,
-        ):
-            services = Services(
-                config=config,
-                registry=fresh,
                 store=store,
                 catalog=catalog,
-                pulls=make_pulls(
-                    config,
-                    tasks=tasks,
-                    store=store,
-                    catalog=catalog,
-                    registry=fresh,
-                    machine=machine,
-                    scheduler=scheduler,
-                ),
-                scheduler=scheduler,
-                cards=ModelCards(),
-                machine=machine,
-                guard=Guard(host=exposed or "localhost", origins=config.origins),
+                registry=make_registry(config, store, catalog, tool_folders()),
+                probe=make_probe(config),
                 gate=gate,
-                lifecycle=Lifecycle(),
-                metrics=Metrics(scheduler),
+                guard=Guard(host=exposed or "localhost", origins=config.origins),
                 reloader=Reloader(load=load, tls=tls),
-            )
+            ) as services,
+            asyncio.TaskGroup() as tasks,
+        ):
             background = [
-                tasks.create_task(fresh.watch()),
-                tasks.create_task(services.metrics.follow(scheduler)),
-                tasks.create_task(watch_gone(config.prefix_dir, fresh)),
-                tasks.create_task(_look_around(machine, scheduler)),
+                tasks.create_task(services.registry.watch()),
+                tasks.create_task(services.metrics.follow(services.scheduler)),
+                tasks.create_task(watch_gone(config.prefix_dir, services.registry)),
+                tasks.create_task(_look_around(services.machine, services.scheduler)),
             ]
             await _run(services, sockets, tls, announce)
             for task in background:
@@ -215,12 +182,6 @@ def make_registry(
 def make_probe(config: Config) -> Callable[[], Hardware]:
     """Return what takes a snapshot of this machine, less what the config leaves to others."""
     return partial(probe_hardware, reserve_vram=config.reserve_vram, reserve_ram=config.reserve_ram)
-
-
-def _probe(machine: Machine, speeds: Speeds) -> Hardware:
-    """Return what a load has before it: this machine now, and what was measured until now."""
-    speeds.refresh()
-    return machine.probe()
 
 
 async def _look_around(machine: Machine, scheduler: Scheduler) -> None:

@@ -14,23 +14,19 @@ import msgspec
 from aiohttp import web
 
 from shimpy.config import Config
-from shimpy.keys import KeyFile
+from shimpy.keys import KEYS_NAME, KeyFile
 from shimpy.placement.hardware import Hardware, Host
 from shimpy.registry.attempts import Retries
 from shimpy.registry.catalog import CatalogFile
 from shimpy.registry.own import StoreModels
 from shimpy.registry.registry import Registry
 from shimpy.registry.store import Store
-from shimpy.scheduler.scheduler import ENGINE_ARGV, Scheduler
+from shimpy.scheduler.scheduler import ENGINE_ARGV
 from shimpy.server.app import make_app
-from shimpy.server.cards import ModelCards
-from shimpy.server.freshness import FreshRegistry
+from shimpy.server.composition import composed
 from shimpy.server.gate import Gate
 from shimpy.server.guard import Guard
-from shimpy.server.machine import Machine
-from shimpy.server.metrics import Metrics
-from shimpy.server.pulling import make_pulls
-from shimpy.server.services import Lifecycle, Services
+from shimpy.server.services import Services
 from shimpy.units import GIB
 
 MACHINE = Hardware(
@@ -72,46 +68,38 @@ async def running_app(
 ) -> AsyncIterator[Running]:
     """Run an app over the models in a folder; `settings` are the config's."""
     config = Config(
-        **{"n_threads": 1, "n_ctx": 2048, "n_slots": 8, "model_dirs": (folder,)} | settings
+        **{
+            "n_threads": 1,
+            "n_ctx": 2048,
+            "n_slots": 8,
+            "model_dirs": (folder,),
+            "state_dir": state,
+            "cache_dir": state / "cache",
+            "data_dir": state,
+        }
+        | settings
     )
-    machine = Machine(lambda: MACHINE)
+    catalog = CatalogFile(state / "registry.toml")
     async with (
-        Scheduler(config, machine.probe, engine_argv=engine_argv) as scheduler,
         open_store(state / "store") as store,
-        asyncio.TaskGroup() as tasks,
-    ):
-        catalog = CatalogFile(state / "registry.toml")
-        registry = Registry(
-            config.model_dirs,
-            index_path=state / "index.sqlite",
-            before=[StoreModels(store)],
-            settings=store.settings,
-            defaults=catalog.settings,
-        )
-        fresh = FreshRegistry(registry)
-        services = Services(
-            config=config,
-            registry=fresh,
+        composed(
+            config,
             store=store,
             catalog=catalog,
-            pulls=make_pulls(
-                config,
-                tasks=tasks,
-                store=store,
-                catalog=catalog,
-                registry=fresh,
-                machine=machine,
-                scheduler=scheduler,
-                retries=Retries(most=3, first_pause_s=0.01),
+            registry=Registry(
+                config.model_dirs,
+                index_path=state / "index.sqlite",
+                before=[StoreModels(store)],
+                settings=store.settings,
+                defaults=catalog.settings,
             ),
-            scheduler=scheduler,
-            cards=ModelCards(),
-            machine=machine,
+            probe=lambda: MACHINE,
+            gate=Gate(keys=KeyFile(state / KEYS_NAME)),
             guard=Guard(host="127.0.0.1"),
-            gate=Gate(keys=KeyFile(state / "keys.json")),
-            lifecycle=Lifecycle(),
-            metrics=Metrics(scheduler),
-        )
+            engine_argv=engine_argv,
+            retries=Retries(most=3, first_pause_s=0.01),
+        ) as services,
+    ):
         runner = web.AppRunner(
             make_app(services), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
@@ -126,4 +114,4 @@ async def running_app(
         finally:
             await services.pulls.close()
             await runner.cleanup()
-            await scheduler.drain(0.0)
+            await services.scheduler.drain(0.0)
