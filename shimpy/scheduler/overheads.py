@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from shimpy.errors import RegistryError
+from shimpy.errors import DiskFullError, RegistryError
 from shimpy.logs import get_logger
 from shimpy.placement.cards import CardSources
 from shimpy.placement.hardware import Gpu, Hardware
@@ -119,7 +119,7 @@ class Overheads:
                 return
             try:
                 write_file(self._path, msgspec.json.encode(_File(cards=cards)))
-            except RegistryError as error:
+            except (RegistryError, DiskFullError) as error:
                 _log.warning("overheads_not_kept", reason=error.message)
 
     def _known(self) -> dict[str, Learnt]:

@@ -22,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from shimpy.errors import RegistryError
+from shimpy.errors import DiskFullError, RegistryError
 from shimpy.gguf.arch import ModelShape
 from shimpy.logs import get_logger
 from shimpy.placement.figures import NO_FIGURES, Setup, use_from_buffers
@@ -254,7 +254,7 @@ class Simulations:
         data = msgspec.json.encode(_File(version=_VERSION, rows=self._rows))
         try:
             write_file(self._path, data)
-        except RegistryError as error:
+        except (RegistryError, DiskFullError) as error:
             _log.warning("simulations_not_kept", reason=error.message)
 
 

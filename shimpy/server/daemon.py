@@ -21,7 +21,7 @@ from pathlib import Path
 from aiohttp import web
 
 from shimpy.config import Config, Tool, config_folder, tool_folders
-from shimpy.errors import RegistryError, ShimpyError, UserError
+from shimpy.errors import DiskFullError, RegistryError, ShimpyError, UserError
 from shimpy.keys import KEYS_NAME, KeyFile
 from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
@@ -88,7 +88,7 @@ def _tidy(store: Store) -> None:
     """Remove what was left unfinished long ago; say what of the store can't be read."""
     try:
         collected = store.gc(min_age_s=LEFTOVER_S)
-    except RegistryError as error:
+    except (RegistryError, DiskFullError) as error:
         _log.warning("not_collected", reason=error.message)
     else:
         if collected.n_files:
