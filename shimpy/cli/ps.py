@@ -114,7 +114,11 @@ def _memory(resident: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             continue
         sizes = (real.get(f"{part}_bytes") for part in ("weights", "kv", "compute", "total"))
         shown = ("-" if size is None else format_bytes(size) for size in sizes)
-        yield resident["name"], use["name"], *shown, format_bytes(use["total_bytes"])
+        predicted = format_bytes(use["total_bytes"])
+        if placement.get("figures") == "exact":
+            # By llama.cpp's own simulation.
+            predicted += ", exact"
+        yield resident["name"], use["name"], *shown, predicted
 
 
 def _waiting(model: dict[str, Any]) -> str:
