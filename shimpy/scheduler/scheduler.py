@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -361,9 +361,8 @@ class Scheduler:
         if hardware is None or pid is None or len(devices) != 1 or not self._overheads.is_due(pid):
             return
         memory = lease.ready.memory
-        self._tasks.create_task(
-            asyncio.to_thread(self._overheads.read, pid, devices[0], memory, hardware)
-        )
+        reading = asyncio.to_thread(self._overheads.read, pid, devices[0], memory, hardware)
+        self._tasks.create_task(self._aside(reading))
 
     def _note(self, event: Event) -> None:
         shown = HistoryEvent(
@@ -412,7 +411,7 @@ class Scheduler:
         core, clock = self._core, self._clock
 
         def on_ready(ready: Ready) -> None:
-            self._tasks.create_task(self._observe(start, ready))
+            self._tasks.create_task(self._aside(self._observe(start, ready)))
             self._carry_out(core.on_ready(start.worker, ready, clock.now()))
 
         def on_load_failed(failed: LoadFailed) -> None:
@@ -445,6 +444,16 @@ class Scheduler:
 
     async def _run_worker(self, worker: Worker) -> None:
         try:
+            await self._follow_worker(worker)
+        finally:
+            # Cancelled, too: somebody waits until no worker is left.
+            for worker_id in [key for key, other in self._workers.items() if other is worker]:
+                del self._workers[worker_id]
+            self._spare.on_exit(worker)
+            self._worker_gone.set()
+
+    async def _follow_worker(self, worker: Worker) -> None:
+        try:
             end = await worker.run()
         except Exception as error:  # noqa: BLE001 - a task's boundary: one worker is lost
             _log.exception("worker_lost", pid=worker.pid)
@@ -453,12 +462,15 @@ class Scheduler:
         worker_id = next((key for key, other in self._workers.items() if other is worker), None)
         name = "spare" if worker_id is None else worker_id
         _log.info("worker_exit", worker=name, kind=end.kind.value, reason=end.reason)
-        if worker_id is None:
-            self._spare.on_exit(worker)
-        else:
+        if worker_id is not None:
             self._carry_out(self._core.on_worker_exit(worker_id, end, self._clock.now()))
-            del self._workers[worker_id]
-        self._worker_gone.set()
+
+    async def _aside(self, work: Awaitable[object]) -> None:
+        """Do what nobody waits for; its failure is nobody's but the log's."""
+        try:
+            await work
+        except Exception:  # noqa: BLE001 - a task's boundary: models are served all the same
+            _log.exception("aside_failed")
 
     async def _wait_no_workers(self) -> None:
         while self._workers or not self._spare.is_gone:

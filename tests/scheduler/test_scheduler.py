@@ -372,6 +372,41 @@ async def test_a_fault_of_our_own_costs_one_worker(
         assert await use(scheduler, workshop.model("a")) == "Once upon a time"
 
 
+async def test_a_fault_in_what_nobody_waits_for_costs_nothing(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, say, under the figures that are kept for later."""
+
+    def fail_to_observe(*_: object) -> bool:
+        raise OSError("no room")
+
+    async with workshop.scheduler() as scheduler:
+        monkeypatch.setattr(scheduler.simulations, "observe", fail_to_observe)
+        assert await use(scheduler, workshop.model("a")) == "Once upon a time"
+        assert await use(scheduler, workshop.model("b")) == "Once upon a time"
+
+
+async def test_a_fault_of_the_scheduler_itself_ends_it(workshop: Workshop) -> None:
+    """Whoever waits for its workers' ends must not wait for ever for those it has killed."""
+
+    async def fault() -> None:
+        raise ZeroDivisionError
+
+    async def work() -> None:
+        async with workshop.scheduler() as scheduler:
+            await use(scheduler, workshop.model("a", is_deaf=True))
+            scheduler._tasks.create_task(fault())
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await scheduler.drain(0)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.timeout(20):
+            await work()
+    assert caught.group_contains(ZeroDivisionError)
+
+
 async def fail(_worker: Worker) -> WorkerExit:
     raise RuntimeError("a bug")
 
