@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Rung
@@ -27,7 +27,7 @@ from shimpy.scheduler.room import (
     plan_shrink,
 )
 from shimpy.scheduler.states import Phase, Resident, WorkerId
-from shimpy.units import format_bytes, format_duration
+from shimpy.units import MIB, format_bytes, format_duration
 
 # A better placement must have had room for so long, at every look.
 SETTLED_S = 30.0
@@ -39,6 +39,9 @@ QUIET_S = 10.0
 PAUSE_S = 60.0
 # A model whose load failed on its way is not moved again for so long.
 BARRED_S = 600.0
+# Of each GPU so much stays free beside a move up: what a worker takes grows with its work, and who
+# moves into the last corner is the first to be made smaller.
+HEADROOM_BYTES = 256 * MIB
 # A move up must bring so much more of the model onto the GPU (gpu_share), or all of it.
 LEAST_GAIN = 0.125
 
@@ -135,6 +138,10 @@ def plan_better(resident: Resident, planner: policy.Planner, room: Hardware) -> 
     """Return the placement that a resident would get in this room, if clearly a better one."""
     if not room.gpus:
         return None
+    gpus = tuple(
+        replace(gpu, free_bytes=max(0, gpu.free_bytes - HEADROOM_BYTES)) for gpu in room.gpus
+    )
+    room = replace(room, gpus=gpus)
     rung = plan_again(resident.model, as_it_is(resident), planner, room).chosen
     if rung is None or rung.placement.n_ctx < resident.rung.placement.n_ctx:
         return None
@@ -160,7 +167,10 @@ def gpu_share(rung: Rung) -> float:
 
 
 def _describe_free(rung: Rung) -> str:
-    parts = [f"{format_bytes(device.free_bytes)} of {device.name}" for device in rung.devices]
+    parts = [
+        f"{format_bytes(device.free_bytes + HEADROOM_BYTES)} of {device.name}"
+        for device in rung.devices
+    ]
     return f"{' and '.join(parts)} would be free without it"
 
 
@@ -198,6 +208,8 @@ def _relieve(books: Books, ledger: Ledger, planner: policy.Planner, now: float) 
             effects += books.stop(resident, reason, now, kind="evict", cause="pressure")
             continue
         reason = f"{reason}; {describe_shrink(shrink)}"
+        # Back in its old place, as the plan may have it, it would be no relief.
+        shrink = replace(shrink, options=replace(shrink.options, cpu_moe="on"))
         effects += shrink_resident(books, shrink, reason, now, cause="pressure")
         ledger.hold(resident.key, shrink.rung)
     return effects

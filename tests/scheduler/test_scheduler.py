@@ -413,7 +413,7 @@ async def fail(_worker: Worker) -> WorkerExit:
 
 async def test_a_model_moves_up_when_memory_comes_free(workshop: Workshop) -> None:
     """In another process, of its own accord; a look at the memory every 5 s finds it out."""
-    roomy = make_hardware(vram_mib=1000)
+    roomy = make_hardware(vram_mib=1300)
     workshop.hardware = replace(roomy, gpus=(replace(roomy.gpus[0], free_bytes=300 * MIB),))
     async with workshop.scheduler(keep_alive=-1) as scheduler:
         await use(scheduler, workshop.model("moe", mib=200, expert_mib=700))
