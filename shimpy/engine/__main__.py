@@ -139,6 +139,8 @@ def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
         n_ubatch=load.n_ubatch,
         embeds=embeds,
         prefixes=_open_prefixes(load, backend, channel) if load.prefix_dir and not embeds else None,
+        # Flash attention skips what a token does not see.
+        attends_idle=load.flash_attn == "off",
     )
     engine.run()
     backend.close()

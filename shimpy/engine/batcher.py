@@ -56,13 +56,19 @@ class Batcher:
         can_split: bool,
         can_shift: bool,
         saved: SavedPrefixes | None = None,
+        attends_idle: bool = False,
     ) -> None:
-        """`saved`: the prefixes that can be restored; the caller adds and discards them."""
+        """Start with empty slots.
+
+        `saved`: the prefixes that can be restored; the caller adds and discards them.
+        `attends_idle`: what idle slots hold slows down those that are busy.
+        """
         self._n_ctx = n_ctx
         # Of these cells, those that one sequence may take.
         self._n_ctx_seq = n_ctx_seq
         self._n_batch = n_batch
         self._can_shift = can_shift
+        self._attends_idle = attends_idle
         self._saved = SavedPrefixes(whole=True) if saved is None else saved
         self._pace = Pace(n_batch)
         # A batch has room for one token of each sequence.
@@ -232,6 +238,8 @@ class Batcher:
             self._waiting.popleft()
             self._slots.place(sequence, match)
             self._running.append(sequence)
+            if self._attends_idle:
+                self._slots.thin_idle()
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
         return None

@@ -54,12 +54,13 @@ class Engine:
         n_ubatch: int = 512,
         embeds: bool = False,
         prefixes: PrefixStore | None = None,
+        attends_idle: bool = False,
     ) -> None:
         """Start idle; no batch is longer than the backend's `n_ubatch`.
 
         llama.cpp would only cut it up, and a cancel or a newcomer would wait for all of it.
         `embeds`: the model was loaded for embeddings. `prefixes`: where those of prompts
-        outlive the process.
+        outlive the process. `attends_idle`: what idle slots hold slows down the others.
         """
         self._backend = backend
         self._inbox = inbox
@@ -73,6 +74,7 @@ class Engine:
             can_split=backend.can_split,
             can_shift=backend.can_shift,
             saved=None if prefixes is None else prefixes.saved,
+            attends_idle=attends_idle,
         )
         self._prefixes = prefixes
         self._embeddings = Embeddings(backend)

@@ -220,6 +220,21 @@ class Slots:
         self._cut(slot, n_left if n_left >= slot.n_whole else 0)
         return True
 
+    def thin_idle(self) -> None:
+        """Drop idle caches that cost more than they are likely to save.
+
+        Where attention is computed over all cells in use, whoever holds them, an idle cell costs
+        1.7 us for each token of a prompt and 5 us for each step, and saves 2 ms if a prompt
+        goes on from it (measured, 200M model, one thread). So the newest stays whole, and all
+        together are no longer than that one or than the sequences that run.
+        """
+        busy = [slot.sequence for slot in self._slots if slot.sequence is not None]
+        newest = max(self._slots, key=lambda slot: (bool(slot.tokens), slot.last_used))
+        n_most = max(sum(len(one.tokens) for one in busy), len(newest.tokens), EVICT_CELLS)
+        n_busy = self.n_cells_busy()
+        while (n_over := self.cells.n_used - n_busy - n_most) > 0 and self.evict(n_over):
+            pass
+
     def shift(self, sequence: Sequence, n_keep: int) -> None:
         """Drop the older half of a sequence's tokens after the first `n_keep`.
 

@@ -437,3 +437,16 @@ def test_a_restored_window_is_used_whole_or_not_at_all() -> None:
     third = bench.submit_tokens([*LONG[:900], 1, 5])
     bench.step()
     assert (second.n_cached, third.n_cached) == (len(LONG) + 1, 0)
+
+
+@pytest.mark.parametrize(("attends_idle", "n_left"), [(True, 2 * 900), (False, 3 * 900)])
+def test_idle_caches_give_way_where_they_slow_down_what_runs(
+    attends_idle: bool, n_left: int
+) -> None:
+    """Flash attention skips them, plain attention computes them all for each token."""
+    bench = Bench(attends_idle=attends_idle)
+    for _ in range(3):
+        bench.submit(900, n_predict=1)
+        bench.step()
+        bench.step()
+    assert bench.batcher.n_kv_used == n_left

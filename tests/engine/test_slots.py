@@ -240,3 +240,31 @@ def test_the_common_prefix_is_found_by_halving(stem: list[int], a: list[int], b:
     while n < min(len(a), len(b)) and a[n] == b[n]:
         n += 1
     assert common_prefix(a, b) == n
+
+
+def test_idle_caches_are_thinned_to_the_newest_where_they_cost() -> None:
+    """The one that the next prompt likely goes on from stays whole, the others give way."""
+    new, slots = Order(), Slots(4, 4096, can_split=True)
+    leave_idle(slots, new(B[:280]))
+    leave_idle(slots, new(A))
+    leave_idle(slots, new(range_of(3000, 40)))
+    leave_idle(slots, new(range_of(4000, 290)))
+    start(slots, new([1, 2, 3], reuse=False))
+    slots.thin_idle()
+    assert slots.cells.n_used == 290
+    assert [op for op in slots.take_ops() if isinstance(op, KvRemove)]
+    assert slots.best_match(new(range_of(4000, 300))).n_now == 290
+
+
+def test_idle_caches_may_be_as_long_as_what_runs() -> None:
+    """Beside a long prompt a few short ones make no difference."""
+    new, slots = Order(), Slots(4, 4096, can_split=True)
+    leave_idle(slots, new(range_of(3000, 200)))
+    leave_idle(slots, new(range_of(4000, 250)))
+    start(slots, new(range_of(5000, 2000)))
+    slots.thin_idle()
+    assert slots.cells.n_used == 450
+
+
+def range_of(start: int, n: int) -> list[int]:
+    return list(range(start, start + n))
