@@ -18,8 +18,9 @@ from urllib.parse import quote, urlencode
 
 import httpx
 
-from shimpy.config import UNIX, client_key
+from shimpy.config import client_key
 from shimpy.errors import DaemonError, NotFoundError, UnreachableError
+from shimpy.values import UNIX
 
 # A model may take minutes to load before the first byte; connecting to a daemon does not.
 _TIMEOUT = httpx.Timeout(None, connect=5.0)

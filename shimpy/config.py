@@ -11,210 +11,49 @@ import difflib
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from shimpy.errors import InvalidNameError, InvalidOptionError
-from shimpy.names import parse_model_name
-from shimpy.units import GIB, MIB, parse_bytes, parse_duration
+from shimpy.errors import InvalidOptionError
+from shimpy.units import GIB, MIB
+from shimpy.values import (
+    DEFAULT_BIND,
+    DEFAULT_PORT,
+    TOOLS,
+    UNIX,
+    Parser,
+    Tool,
+    parse_bind,
+    parse_choice,
+    parse_file,
+    parse_folder,
+    parse_int,
+    parse_keep_alive,
+    parse_model,
+    parse_models,
+    parse_origins,
+    parse_pause,
+    parse_seconds,
+    parse_size,
+    parse_stores,
+    parse_switch,
+    split_paths,
+)
 
-DEFAULT_PORT = 11435
-DEFAULT_BIND = f"127.0.0.1:{DEFAULT_PORT}"
 SYSTEM_CONFIG = Path("/etc/shimpy/config.toml")
 APP = "shimpy"
-UNIX = "unix:"
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json"]
 CpuMoeSetting = Literal["auto", "on", "off"]
 KvSetting = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
-# Tools whose model stores are read too.
-Tool = Literal["huggingface", "ollama", "lmstudio", "llama.cpp", "ramalama"]
-TOOLS: tuple[Tool, ...] = get_args(Tool)
-
-Parser = Callable[[Any], Any]
-
 
 def _setting(default: Any, parse: Parser, metavar: str, help_text: str) -> Any:
     return field(default=default, metadata={"parse": parse, "metavar": metavar, "help": help_text})
-
-
-def _parse_int(minimum: int) -> Parser:
-    def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise InvalidOptionError(f"it must be a whole number, not {value!r}")
-        try:
-            number = int(value)
-        except ValueError:
-            raise InvalidOptionError(f"it must be a whole number, not {value!r}") from None
-        if number < minimum:
-            raise InvalidOptionError(f"it must be at least {minimum}, not {number}")
-        return number
-
-    return parse
-
-
-def _parse_choice(*choices: str) -> Parser:
-    def parse(value: Any) -> str:
-        text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value).lower()
-        if text not in choices:
-            raise InvalidOptionError(f"it must be one of {', '.join(choices)}, not {value!r}")
-        return text
-
-    return parse
-
-
-def _parse_switch(value: Any) -> bool:
-    text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value).lower()
-    if text not in {"on", "true", "yes", "1", "off", "false", "no", "0"}:
-        raise InvalidOptionError(f"it must be on or off, not {value!r}")
-    return text in {"on", "true", "yes", "1"}
-
-
-def _parse_size(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    if not isinstance(value, str):
-        raise InvalidOptionError(f"it must be a size like 512MiB, not {value!r}")
-    try:
-        return parse_bytes(value)
-    except ValueError as error:
-        raise InvalidOptionError(str(error)) from None
-
-
-def parse_keep_alive(value: Any) -> float:
-    """Return seconds: a number is seconds, a text a Go duration or seconds; negative: forever.
-
-    Raises:
-        InvalidOptionError: neither.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise InvalidOptionError(f"it must be a duration like 5m, not {value!r}")
-    seconds = _parse_duration(value) if isinstance(value, str) else float(value)
-    if math.isnan(seconds):
-        raise InvalidOptionError("it must be a duration like 5m, not NaN")
-    return math.inf if seconds < 0 else seconds
-
-
-def _parse_duration(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise InvalidOptionError(str(error)) from None
-
-
-def _parse_seconds(value: Any) -> float:
-    seconds = parse_keep_alive(value)
-    if math.isinf(seconds):
-        raise InvalidOptionError(f"it must be a limited time, not {value!r}")
-    return seconds
-
-
-def _parse_pause(value: Any) -> float:
-    seconds = parse_keep_alive(value)
-    if seconds < 1:
-        raise InvalidOptionError(f"it must be at least 1s, or negative for never, not {value!r}")
-    return seconds
-
-
-def split_paths(value: Any) -> tuple[Path, ...]:
-    """Return the folders in a list, or in one text that joins several with ':' or ';'."""
-    items = value if isinstance(value, list | tuple) else [value]
-    parts: list[str] = []
-    for item in items:
-        if not isinstance(item, str | os.PathLike):
-            raise InvalidOptionError(f"it must be a list of folders, not {value!r}")
-        parts += os.fspath(item).replace(";", os.pathsep).split(os.pathsep)
-    return tuple(dict.fromkeys(Path(part).expanduser().absolute() for part in parts if part))
-
-
-def _parse_stores(value: Any) -> tuple[Tool, ...]:
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
-        raise InvalidOptionError(f"it must be a list of tools, not {value!r}")
-    names = {item.strip().lower() for item in items} - {""}
-    unknown = sorted(names - {*TOOLS, "none", "all"})
-    if unknown or ("none" in names and len(names) > 1):
-        raise InvalidOptionError(
-            f"it must be all, none or some of {', '.join(TOOLS)}, not {', '.join(sorted(names))!r}"
-        )
-    return TOOLS if "all" in names else tuple(tool for tool in TOOLS if tool in names)
-
-
-def _parse_model(value: Any) -> str:
-    if not isinstance(value, str):
-        raise InvalidOptionError(f"it must be the name of a model, not {value!r}")
-    try:
-        return str(parse_model_name(value)) if value.strip() else ""
-    except InvalidNameError as error:
-        raise InvalidOptionError(str(error)) from None
-
-
-def _parse_models(value: Any) -> tuple[str, ...]:
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple):
-        raise InvalidOptionError(f"it must be a list of models, not {value!r}")
-    names = (_parse_model(item) for item in items)
-    return tuple(dict.fromkeys(name for name in names if name))
-
-
-def _parse_folder(value: Any) -> Path:
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise InvalidOptionError(f"it must be a folder, not {value!r}")
-    return Path(value).expanduser().absolute()
-
-
-def _parse_file(value: Any) -> Path:
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise InvalidOptionError(f"it must be a file, not {value!r}")
-    return Path(value).expanduser().absolute()
-
-
-def _parse_origins(value: Any) -> tuple[str, ...]:
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
-        raise InvalidOptionError(f"it must be a list of origins, not {value!r}")
-    origins = tuple(dict.fromkeys(item.strip().rstrip("/").lower() for item in items))
-    for origin in origins:
-        if origin and origin != "*" and not _ORIGIN.fullmatch(origin):
-            raise InvalidOptionError(
-                f"an origin is written like https://chat.example or * for all, not {origin!r}"
-            )
-    return tuple(origin for origin in origins if origin)
-
-
-def parse_bind(value: Any) -> str:
-    """Return "host:port" or "unix:/path" as given, checked.
-
-    ":8080" and "8080" mean the loopback address.
-
-    Raises:
-        InvalidOptionError: no port, or one that is none.
-    """
-    text = str(value).strip()
-    if text.isdigit():
-        text = f":{text}"
-    if text.startswith(UNIX):
-        if not text.removeprefix(UNIX):
-            raise InvalidOptionError("it must name a socket file, like unix:/run/shimpy.sock")
-        return UNIX + str(Path(text.removeprefix(UNIX)).expanduser().absolute())
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the highest port
-        raise InvalidOptionError(
-            f"it must be an address and a port like {DEFAULT_BIND} or [::1]:{DEFAULT_PORT}, or "
-            f"unix:/path, not {value!r}"
-        )
-    return f"{host or '127.0.0.1'}:{port}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,55 +68,55 @@ class Config:
     )
     insecure: bool = _setting(
         False,  # noqa: FBT003 - a default like the others
-        _parse_switch,
+        parse_switch,
         "[on|off]",
         "Let other machines in without an API key.",
     )
     origins: tuple[str, ...] = _setting(
         (),
-        _parse_origins,
+        parse_origins,
         "ORIGINS",
         "Web pages that may use the API besides this machine's own: https://chat.example, or *.",
     )
     tls_cert: Path | None = _setting(
-        None, _parse_file, "FILE", "Certificate, with its chain, for HTTPS; with tls_key."
+        None, parse_file, "FILE", "Certificate, with its chain, for HTTPS; with tls_key."
     )
     tls_key: Path | None = _setting(
-        None, _parse_file, "FILE", "The certificate's key, without a passphrase."
+        None, parse_file, "FILE", "The certificate's key, without a passphrase."
     )
     max_connections: int = _setting(
-        1024, _parse_int(1), "N", "Connections at once; one more is hung up on."
+        1024, parse_int(1), "N", "Connections at once; one more is hung up on."
     )
     model_dirs: tuple[Path, ...] = _setting(
         (), split_paths, "DIR", "Folders of GGUF files, searched with their sub-folders."
     )
     stores: tuple[Tool, ...] = _setting(
         TOOLS,
-        _parse_stores,
+        parse_stores,
         "TOOLS",
         "Other tools whose models are used where they lie: all, none, or some of them.",
     )
     default_model: str = _setting(
         "",
-        _parse_model,
+        parse_model,
         "MODEL",
         "Model of requests that name none, unless only one is loaded (llama.cpp's own clients).",
     )
     offline: bool = _setting(
         False,  # noqa: FBT003 - a default, not an argument
-        _parse_switch,
+        parse_switch,
         "[on|off]",
         "Use no network: refuse to pull models.",
     )
     cpu_moe: CpuMoeSetting = _setting(
         "auto",
-        _parse_choice(*get_args(CpuMoeSetting)),
+        parse_choice(*get_args(CpuMoeSetting)),
         "[auto|on|off]",
         "Keep experts in RAM: as free VRAM asks (auto), all (on) or none (off).",
     )
     n_cpu_moe: int | None = _setting(
         None,
-        _parse_int(0),
+        parse_int(0),
         "N",
         "Keep the experts of the first N layers in RAM; wins over cpu_moe.",
     )
@@ -286,96 +125,96 @@ class Config:
     )
     pinned: tuple[str, ...] = _setting(
         (),
-        _parse_models,
+        parse_models,
         "MODELS",
         "Models that stay loaded, once they are, whoever needs their memory, and past keep_alive.",
     )
     replan_interval: float = _setting(
         5.0,
-        _parse_seconds,
+        parse_seconds,
         "TIME",
         "How often free memory is looked at while models are loaded, to place them anew; 0: never.",
     )
     n_ctx: int | None = _setting(
         None,
-        _parse_int(1),
+        parse_int(1),
         "N",
         "Context of a model in tokens, shared by its slots; by model and memory when not set.",
     )
     n_slots: int | None = _setting(
         None,
-        _parse_int(1),
+        parse_int(1),
         "N",
         "Requests that one model serves at once; by model and memory when not set.",
     )
     kv_type: KvSetting | None = _setting(
-        None, _parse_choice(*get_args(KvSetting)), "TYPE", "Type of the KV cache; f16 when not set."
+        None, parse_choice(*get_args(KvSetting)), "TYPE", "Type of the KV cache; f16 when not set."
     )
     n_threads: int | None = _setting(
-        None, _parse_int(1), "N", "Threads of one worker; by cores and busy workers when not set."
+        None, parse_int(1), "N", "Threads of one worker; by cores and busy workers when not set."
     )
     spare_worker: bool = _setting(
         True,  # noqa: FBT003 - a default, not an argument
-        _parse_switch,
+        parse_switch,
         "[on|off]",
         "Keep a worker process ready, so that a load need not start one.",
     )
     max_queue: int = _setting(
-        512, _parse_int(0), "N", "Requests that may wait for one model; one more gets a 503."
+        512, parse_int(0), "N", "Requests that may wait for one model; one more gets a 503."
     )
     load_timeout: float = _setting(
-        600.0, _parse_seconds, "TIME", "How long a model may take to load."
+        600.0, parse_seconds, "TIME", "How long a model may take to load."
     )
     hang_timeout: float = _setting(
         900.0,
-        _parse_seconds,
+        parse_seconds,
         "TIME",
         "How long a worker may say nothing while requests wait for it, before it is ended.",
     )
     drain_timeout: float = _setting(
-        30.0, _parse_seconds, "TIME", "How long running requests may take when the daemon stops."
+        30.0, parse_seconds, "TIME", "How long running requests may take when the daemon stops."
     )
     idle_exit: float = _setting(
         math.inf,
-        _parse_pause,
+        parse_pause,
         "TIME",
         "End the daemon after so long without a request or a loaded model; negative: never.",
     )
-    max_body: int = _setting(64 * MIB, _parse_size, "SIZE", "Size of a request's body at most.")
+    max_body: int = _setting(64 * MIB, parse_size, "SIZE", "Size of a request's body at most.")
     reserve_vram: int = _setting(
-        0, _parse_size, "SIZE", "VRAM per GPU that is left to other programs."
+        0, parse_size, "SIZE", "VRAM per GPU that is left to other programs."
     )
     reserve_ram: int = _setting(
-        512 * MIB, _parse_size, "SIZE", "RAM that is left to other programs."
+        512 * MIB, parse_size, "SIZE", "RAM that is left to other programs."
     )
     prefix_cache_size: int = _setting(
         2 * GIB,
-        _parse_size,
+        parse_size,
         "SIZE",
         "Disk for the KV caches of unloaded models, which hold prompts; 0: nothing is kept.",
     )
     log_level: LogLevel = _setting(
         "info",
-        _parse_choice(*get_args(LogLevel)),
+        parse_choice(*get_args(LogLevel)),
         "LEVEL",
         "The least important lines that are logged.",
     )
     log_format: LogFormat = _setting(
         "auto",
-        _parse_choice(*get_args(LogFormat)),
+        parse_choice(*get_args(LogFormat)),
         "[auto|console|json]",
         "Log lines for people (console), machines (json), or by where they go (auto).",
     )
     log_file: Path | None = _setting(
         None,
-        _parse_file,
+        parse_file,
         "FILE",
         "File that gets the log, at most 16 MiB and as much of what was before; stderr when not "
         "set.",
     )
-    state_dir: Path = _setting(Path(), _parse_folder, "DIR", "Folder of the index and the logs.")
-    cache_dir: Path = _setting(Path(), _parse_folder, "DIR", "Folder of what can be made again.")
-    data_dir: Path = _setting(Path(), _parse_folder, "DIR", "Folder of pulled models.")
+    state_dir: Path = _setting(Path(), parse_folder, "DIR", "Folder of the index and the logs.")
+    cache_dir: Path = _setting(Path(), parse_folder, "DIR", "Folder of what can be made again.")
+    data_dir: Path = _setting(Path(), parse_folder, "DIR", "Folder of pulled models.")
 
     @property
     def prefix_dir(self) -> Path:

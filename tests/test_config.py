@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from shimpy.config import HELP, client_url, load_config, split_paths
+from shimpy.config import HELP, client_url, load_config
 from shimpy.errors import InvalidOptionError
+from shimpy.values import split_paths
 
 
 @pytest.fixture

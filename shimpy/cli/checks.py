@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shimpy.config import UNIX, Config
+from shimpy.config import Config
 from shimpy.errors import ShimpyError
 from shimpy.units import GIB, format_bytes
+from shimpy.values import UNIX
 
 Verdict = Literal["ok", "warning", "failed"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from shimpy.config import Config, Tool, config_folder, tool_folders
+from shimpy.config import Config, config_folder, tool_folders
 from shimpy.errors import DiskFullError, RegistryError, ShimpyError, UserError
 from shimpy.keys import KEYS_NAME, KeyFile
 from shimpy.logs import get_logger
@@ -52,6 +52,7 @@ from shimpy.server.systemd import (
 )
 from shimpy.server.tls import make_tls
 from shimpy.units import format_duration
+from shimpy.values import Tool
 
 # How long cancelled requests get to tell their clients.
 _FAREWELL_S = 2.0

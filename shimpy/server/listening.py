@@ -9,8 +9,8 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from shimpy.config import UNIX
 from shimpy.errors import UserError
+from shimpy.values import UNIX
 
 _BACKLOG = 1024
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shimpy.config import TOOLS, tool_folders
+from shimpy.config import tool_folders
 from shimpy.errors import NotFoundError
 from shimpy.registry import registry as registry_module
 from shimpy.registry.discovery import Source
@@ -20,6 +20,7 @@ from shimpy.registry.tools.llama_cpp import LlamaCppCache
 from shimpy.registry.tools.lmstudio import LmStudioModels
 from shimpy.registry.tools.ollama import OllamaStore
 from shimpy.registry.tools.ramalama import RamaLamaStore
+from shimpy.values import TOOLS
 from tests.gguf.build import Gguf, small_model
 from tests.registry import layouts
 from tests.registry.layouts import put

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from shimpy.config import Tool
 from shimpy.registry.discovery import Source
 from shimpy.registry.tools.huggingface import HubCache
 from shimpy.registry.tools.llama_cpp import LlamaCppCache
 from shimpy.registry.tools.lmstudio import LmStudioModels
 from shimpy.registry.tools.ollama import OllamaStore
 from shimpy.registry.tools.ramalama import RamaLamaStore
+from shimpy.values import Tool
 
 __all__ = ["tool_sources"]
 

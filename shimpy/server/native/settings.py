@@ -7,12 +7,12 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from shimpy.config import parse_keep_alive
 from shimpy.errors import InvalidNameError, InvalidOptionError
 from shimpy.names import parse_model_name
 from shimpy.registry.settings import CpuMoe, ModelSettings, Turn
 from shimpy.server.ollama.options import OPTION_NAMES, check_parameters
 from shimpy.units import FOREVER_S
+from shimpy.values import parse_keep_alive
 
 # What goes by another name too, as llama.cpp's users and shimpy's own config know it.
 _ALIASES: Final = {"n_ctx": "num_ctx", "n_gpu_layers": "num_gpu", "alias": "aliases"}
