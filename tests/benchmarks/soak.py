@@ -82,6 +82,10 @@ class Outcome:
         """Return what the policy does not allow; empty: all is well."""
         found = list(self.failures)
         if not self.kills:
+            found += [
+                f"{count} times {where}, but nobody was killed"
+                for where, count in self.killed.items()
+            ]
             expected = {"loads": self.rounds, "evictions": max(0, self.rounds - 2)}
             found += [
                 f"{getattr(self, name)} {name} in {self.rounds} rounds, not {count}"
@@ -147,7 +151,10 @@ async def soak(
     n_kills: int = 0,
     seed: int = 0,
 ) -> Outcome:
-    """Run rounds for so long, and tell what happened; one daemon may be used again."""
+    """Run rounds for so long, and tell what happened.
+
+    A daemon may be used again, but after kills some model may be held back for a while.
+    """
     outcome = Outcome()
     draw = random.Random(seed)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=n_clients)

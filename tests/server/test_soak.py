@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +14,10 @@ from tests.daemon import Daemon
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with budgeted_daemon(tmp_path_factory.mktemp("soak")) as daemon:
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    # One for each test: kills may leave a model held back.
+    with budgeted_daemon(tmp_path) as daemon:
         yield daemon
 
 
