@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import socket
@@ -142,6 +143,8 @@ def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
         # Flash attention skips what a token does not see.
         attends_idle=load.flash_attn == "off",
     )
+    # What is here now stays: a full collection would look at all of it, between two tokens.
+    gc.freeze()
     engine.run()
     backend.close()
     return 0
