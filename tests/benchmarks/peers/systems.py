@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 import shimpy
+from shimpy.names import name_from_stem
 from shimpy.units import MIB
 from tests.benchmarks.peers.contenders import Server, start
 from tests.benchmarks.peers.models import many_models, setup_of
@@ -165,7 +166,7 @@ def _serving_two(name: str, place: Place, *paths: Path) -> Iterator[str]:
         settings = [
             {
                 "model": str(path),
-                "model_alias": path.stem,
+                "model_alias": str(name_from_stem(path.stem)),
                 "n_ctx": 4096,
                 "n_threads": place.n_threads,
                 "n_threads_batch": place.n_threads,
