@@ -10,6 +10,7 @@ however few its tokens are.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Final
 
 MIN_CHUNK: Final = 128
@@ -17,36 +18,47 @@ MIN_CHUNK: Final = 128
 STALL_S: Final = 0.1
 # ...or hold more tokens as long as twice as many take no more than this times as long.
 MAX_GROWTH: Final = 1.6
-# A batch counts for its size when it is nearly as large.
-_FULL: Final = 0.9
-# A busy machine only ever makes a batch slower: the shortest time of a size counts. It rises with
-# each longer one, and is forgotten after this many batches of other sizes.
-_RISING: Final = 1.05
+# Shorter batches tell nothing: with experts in RAM they are computed where those are.
+_LEAST: Final = 48
+# A busy machine only ever makes a batch slower: the best rate of a size counts. It falls with each
+# slower batch, and is forgotten after this many batches of other sizes.
+_FALLING: Final = 1.05
 _KEPT: Final = 200
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The quickest of the batches of about one size."""
+
+    n_tokens: int
+    seconds: float
+    # The number of the last batch of that size.
+    last: int
+
+
 class Pace:
-    """Learns from each batch how long those of its size take: powers of two."""
+    """Learns from each batch how long those of its size take."""
 
     def __init__(self, n_most: int) -> None:
         self._n_most = n_most
-        # By size: the shortest time, and the number of the last batch of that size.
-        self._known: dict[int, tuple[float, int]] = {}
+        # By the power of two that is nearest to their number of tokens.
+        self._known: dict[int, _Known] = {}
         self._n_batches = 0
         self.chunk = min(MIN_CHUNK, n_most)
 
     def on_batch(self, n_prefill: int, elapsed_s: float) -> None:
         """Learn how long a batch with this many prefill tokens took."""
-        size = MIN_CHUNK // 2
-        while size < n_prefill:
-            size *= 2
-        if n_prefill < _FULL * size:
+        if n_prefill < _LEAST:
             return
         self._n_batches += 1
-        shortest_s, _ = self._known.get(size, (math.inf, 0))
-        self._known[size] = min(elapsed_s, _RISING * shortest_s), self._n_batches
+        size = round(math.log2(n_prefill))
+        old = self._known.get(size)
+        new = _Known(n_prefill, elapsed_s, self._n_batches)
+        if old is not None and elapsed_s * old.n_tokens > _FALLING * old.seconds * n_prefill:
+            new = replace(old, seconds=_FALLING * old.seconds, last=self._n_batches)
+        self._known[size] = new
         oldest = self._n_batches - _KEPT
-        self._known = {n: known for n, known in sorted(self._known.items()) if known[1] > oldest}
+        self._known = {n: known for n, known in sorted(self._known.items()) if known.last > oldest}
         self.chunk = min(self._choose(), self._n_most)
 
     def _choose(self) -> int:
@@ -59,13 +71,13 @@ class Pace:
             size *= 2
         return size
 
-    def _expected_s(self, size: int) -> float:
+    def _expected_s(self, n_tokens: int) -> float:
         """Return how long a batch should take: on the line between what is known around it."""
-        sizes = list(self._known)
-        if len(sizes) == 1:
+        known = list(self._known.values())
+        if len(known) == 1:
             # Nothing tells what a batch costs by itself.
-            return self._known[sizes[0]][0] * size / sizes[0]
-        above = next((i for i, n in enumerate(sizes) if n >= size), len(sizes) - 1)
-        low, high = sizes[max(0, above - 1)], sizes[max(1, above)]
-        low_s, high_s = self._known[low][0], self._known[high][0]
-        return max(0.0, low_s + (high_s - low_s) * (size - low) / (high - low))
+            return known[0].seconds * n_tokens / known[0].n_tokens
+        above = next((i for i, k in enumerate(known) if k.n_tokens >= n_tokens), len(known) - 1)
+        low, high = known[max(0, above - 1)], known[max(1, above)]
+        slope = (high.seconds - low.seconds) / (high.n_tokens - low.n_tokens)
+        return max(0.0, low.seconds + slope * (n_tokens - low.n_tokens))

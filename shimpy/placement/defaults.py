@@ -68,6 +68,10 @@ STREAMED: Final = (
 )
 # Weights that stay where they are read: mapped, so that the system can share and drop them.
 RESIDENT: Final = (Streaming(load_mode="mmap", n_ubatch=N_UBATCH),)
+# On a GPU a long micro-batch keeps its units busier, above all with many experts, of which each
+# sees a part of the tokens. Taken where its compute buffer is at most this part of the free VRAM.
+RESIDENT_ON_GPU: Final = (Streaming(load_mode="mmap", n_ubatch=N_UBATCH_STREAMED), *RESIDENT)
+UBATCH_SHARE: Final = 16
 
 
 def check_options(shape: ModelShape, options: PlanOptions) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 
 from shimpy.gguf.arch import ModelShape
@@ -25,8 +26,11 @@ from shimpy.placement.defaults import (
     KV_TYPE,
     N_CTX_EXPERTS,
     N_CTX_LEAST,
+    N_UBATCH,
     RESIDENT,
+    RESIDENT_ON_GPU,
     STREAMED,
+    UBATCH_SHARE,
     Streaming,
     check_options,
     default_contexts,
@@ -132,15 +136,16 @@ def _fixed_rung(search: Search, n_cpu_moe: int) -> Rung:
     """Return the rung with the experts of a given number of layers in RAM."""
     moves = any(index < n_cpu_moe for index in search.moe_layers)
     mode: Mode = "experts-in-ram" if moves else "gpu"
-    streamings = _streamings(search, streams=moves)
+    streamings = _streamings(search, STREAMED if moves else RESIDENT_ON_GPU)
     most = N_CTX_EXPERTS if moves else None
     # More cards before a smaller KV cache.
-    return _best_of(
+    rungs = (
         search.rung(mode, team, search.n_all, n_cpu_moe, settings)
         for kv_type in kv_types(search.shape, search.options)
         for team in search.teams
         for settings in _settings(search, streamings, kv_type, n_ctx_most=most)
     )
+    return _best_of(rungs if moves else filter(partial(_is_roomy, search), rungs))
 
 
 def _some_experts_rung(search: Search, n_least: int) -> Rung | None:
@@ -218,7 +223,7 @@ def _partial_rungs(search: Search, n_most: int) -> Iterator[Rung]:
     if not counts:
         return
     tried: list[Rung] = []
-    streamings, kv_type = _streamings(search, streams=True), search.options.kv_type or KV_TYPE
+    streamings, kv_type = _streamings(search, STREAMED), search.options.kv_type or KV_TYPE
     for settings in _settings(search, streamings, kv_type, n_ctx_most=N_CTX_LEAST):
         found = _counts_with_room(search, settings, counts, n_cpu_moe=n_cpu_moe)
         least = (counts[-1], search.teams[-1])
@@ -239,7 +244,7 @@ def _cpu_rung(search: Search) -> Rung:
     log then shows that they were asked for.
     """
     n_cpu_moe = _fixed_cpu_moe(search) or 0
-    streamings, kv_type = _streamings(search, streams=False), search.options.kv_type or KV_TYPE
+    streamings, kv_type = _streamings(search, RESIDENT), search.options.kv_type or KV_TYPE
     return _best_of(
         search.rung("cpu", (), 0, n_cpu_moe, settings)
         for settings in _settings(search, streamings, kv_type, on_gpu=False)
@@ -249,10 +254,9 @@ def _cpu_rung(search: Search) -> Rung:
 # --- settings ---------------------------------------------------------------------------------
 
 
-def _streamings(search: Search, *, streams: bool) -> tuple[Streaming, ...]:
-    """Return the ways to hold weights in RAM that the options leave, best first."""
+def _streamings(search: Search, ways: tuple[Streaming, ...]) -> tuple[Streaming, ...]:
+    """Return those of the ways to hold weights that the options leave, best first."""
     options = search.options
-    ways: tuple[Streaming, ...] = STREAMED if streams else RESIDENT
     if options.load_mode is not None:
         ways = tuple(replace(way, load_mode=options.load_mode) for way in ways)
     if options.n_ubatch is not None:
@@ -262,7 +266,7 @@ def _streamings(search: Search, *, streams: bool) -> tuple[Streaming, ...]:
 
 def _all_settings(search: Search, *, n_ctx_most: int) -> Iterator[Settings]:
     """Yield the settings for weights that pass through the GPU, a smaller KV cache last."""
-    streamings = _streamings(search, streams=True)
+    streamings = _streamings(search, STREAMED)
     for kv_type in kv_types(search.shape, search.options):
         yield from _settings(search, streamings, kv_type, n_ctx_most=n_ctx_most)
 
@@ -311,6 +315,16 @@ def _best_of(rungs: Iterator[Rung]) -> Rung:
             nearest = rung
     assert nearest is not None, "there is at least one setting to try"
     return nearest
+
+
+def _is_roomy(search: Search, rung: Rung) -> bool:
+    """Whether a micro-batch that nobody asked for is short, or takes little of the free VRAM."""
+    return (
+        search.options.n_ubatch is not None
+        or rung.placement.n_ubatch <= N_UBATCH
+        or is_encoder(search.shape)
+        or all(device.compute_bytes * UBATCH_SHARE <= device.free_bytes for device in rung.devices)
+    )
 
 
 def _is_shared(search: Search) -> bool:

@@ -176,9 +176,10 @@ def random_prompts(n: int, seed: int, n_vocab: int = 100_000) -> list[list[int]]
     return [[rng.randrange(1000, n_vocab) for _ in range(N_PROMPT)] for _ in range(n)]
 
 
-def speed_of(url: str, make_body: Any, rounds: int, label: str) -> list[Any]:
+def speed_of(url: str, model: str, rounds: int, label: str) -> list[Any]:
     """Print and return the medians over the rounds for each number of streams."""
     rows = []
+    url, make_body = f"{url}/completion", completion_body(model)
     asyncio.run(run_streams(url, [make_body(p) for p in random_prompts(2, 0)]))
     for n in STREAMS:
         results = [
@@ -194,31 +195,21 @@ def speed_of(url: str, make_body: Any, rounds: int, label: str) -> list[Any]:
     return rows
 
 
-def shimpy_body(model: str) -> Any:
-    """Return what makes a request of token ids for /api/generate: as an earlier context."""
+def completion_body(model: str) -> Any:
+    """Return what makes a request of token ids for llama.cpp's /completion, which both serve."""
 
     def make(prompt: list[int]) -> dict[str, Any]:
         return {
             "model": model,
-            "prompt": "a",
-            "context": prompt,
-            "template": "{{ .Prompt }}",
-            "options": {"num_predict": N_GENERATED, "temperature": 0},
+            "prompt": prompt,
+            "n_predict": N_GENERATED,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+            "cache_prompt": False,
         }
 
     return make
-
-
-def peer_body(prompt: list[int]) -> dict[str, Any]:
-    """Return llama-server's /completion request for token ids."""
-    return {
-        "prompt": prompt,
-        "n_predict": N_GENERATED,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-        "cache_prompt": False,
-    }
 
 
 @contextlib.contextmanager
@@ -255,11 +246,10 @@ def measure_speed(folder: Path, model: str, path: Path, binary: str | None, roun
         options = ("--n-ctx", "16384", "--n-slots", "16", *moe)
         with home() as state, running_daemon(state, folder, *options, threads=None) as daemon:
             generate(daemon, model)
-            url = f"{daemon.url}/api/generate"
-            rows += speed_of(url, shimpy_body(model), rounds, f"shimpy, {label}")
+            rows += speed_of(daemon.url, model, rounds, f"shimpy, {label}")
         if binary:
             with peer(binary, path, *flags) as url:
-                rows += speed_of(f"{url}/completion", peer_body, rounds, f"llama-server, {label}")
+                rows += speed_of(url, model, rounds, f"llama-server, {label}")
     return rows
 
 

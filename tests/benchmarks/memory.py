@@ -29,13 +29,13 @@ from shimpy.gguf.reader import read_header
 from shimpy.names import name_from_stem
 from shimpy.units import GIB, MIB
 from tests.benchmarks.card import (
+    completion_body,
     generate,
     hog,
     home,
     random_prompts,
     resident,
     run_streams,
-    shimpy_body,
     used_vram,
 )
 from tests.daemon import Daemon, running_daemon
@@ -98,8 +98,8 @@ def _serve(daemon: Daemon, model: str, before: int) -> dict[str, Any]:
     predicted = sum(device["total_bytes"] for device in devices)
     buffers = sum(device["real"]["total_bytes"] for device in devices)
     off_bytes = sum(d["total_bytes"] - d["overhead_bytes"] for d in devices) - buffers
-    url = f"{daemon.url}/api/generate"
-    bodies = [shimpy_body(model)(prompt) for prompt in random_prompts(N_STREAMS, 5)]
+    url = f"{daemon.url}/completion"
+    bodies = [completion_body(model)(prompt) for prompt in random_prompts(N_STREAMS, 5)]
     rate, _ = asyncio.run(run_streams(url, bodies))
     # Decoding alone, after the cards are warm.
     alone = generate(daemon, model, 96)

@@ -271,7 +271,9 @@ def test_a_plan_predicts_what_the_card_shows(
 ) -> None:
     """The driver's context and tables counted in; within 2 % or 64 MiB, by formulas alone."""
     hardware = suppose(None, vram_bytes=[139 * GIB], ram_bytes=125 * GIB)
-    options = PlanOptions(n_ctx=n_ctx, cpu_moe=n_cpu_moe)
+    # The micro-batches that were measured.
+    n_ubatch = 2048 if n_cpu_moe else 512
+    options = PlanOptions(n_ctx=n_ctx, cpu_moe=n_cpu_moe, n_ubatch=n_ubatch)
     plan = plan_model(shape_of("deepseek-moe-16b", file_type), hardware, options)
     assert plan.chosen is not None
     predicted = plan.chosen.devices[0].total_bytes / MIB

@@ -302,3 +302,10 @@ def test_a_fallback_of_fewer_experts_on_the_gpu_follows_the_choice() -> None:
     at = plan.ladder.index(chosen(plan))
     taken, following = (rung.placement.n_cpu_moe for rung in plan.ladder[at : at + 2])
     assert taken < following < 28
+
+
+def test_a_long_micro_batch_is_taken_where_it_is_small_beside_the_vram() -> None:
+    found = [chosen(plan_model(model(), machine(gib))).placement for gib in (12, 16)]
+    assert [(p.mode, p.n_ubatch) for p in found] == [("gpu", 512), ("gpu", 2048)]
+    asked = plan_model(model(), machine(16), PlanOptions(n_ubatch=256))
+    assert chosen(asked).placement.n_ubatch == 256
