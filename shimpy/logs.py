@@ -61,7 +61,6 @@ def setup_logging(
         # Every level gets as far as the threshold, which may move under loggers that are kept.
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(sink),  # type: ignore[arg-type]
-        cache_logger_on_first_use=True,
     )
 
 

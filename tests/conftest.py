@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.synthetic import (
@@ -51,3 +54,20 @@ def chain_model(models_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def bert_model(models_dir: Path) -> Path:
     return write_bert(models_dir / "bert.gguf")
+
+
+@pytest.fixture
+def own_workers() -> Callable[[], list[int]]:
+    """Return what lists the workers that this test has running; fixtures of others may live on."""
+    before = _workers()
+    return lambda: [pid for pid in _workers() if pid not in before]
+
+
+def _workers() -> list[int]:
+    found = []
+    for child in psutil.Process().children():
+        # One that lists devices, say, may end while it is looked at.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "--fd" in child.cmdline():
+                found.append(child.pid)
+    return found

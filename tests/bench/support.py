@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
-
-import psutil  # type: ignore[import-untyped]
 
 from shimpy.bench.candidates import Candidate
 from shimpy.bench.report import Report
@@ -64,14 +61,3 @@ def report(*measurements: Measurement) -> Report:
         measurements=measurements,
         left_out=("N = 0: CUDA0 lacks 1.0 GiB",),
     )
-
-
-def workers() -> list[int]:
-    """The workers that this test has running."""
-    found = []
-    for child in psutil.Process().children():
-        # One that lists devices, say, may end while it is looked at.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "--fd" in child.cmdline():
-                found.append(child.pid)
-    return found

