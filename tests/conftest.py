@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+import structlog
 
+from shimpy import logs
 from tests.synthetic import (
     write_bert,
     write_chain,
@@ -54,6 +56,15 @@ def chain_model(models_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def bert_model(models_dir: Path) -> Path:
     return write_bert(models_dir / "bert.gguf")
+
+
+@pytest.fixture(autouse=True)
+def _same_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands that run in the tests' own process leave its logging as it was."""
+    before, is_set = structlog.get_config(), structlog.is_configured()
+    monkeypatch.setattr(logs._THRESHOLD, "level", logs._THRESHOLD.level)
+    yield
+    structlog.configure(**before) if is_set else structlog.reset_defaults()
 
 
 @pytest.fixture
