@@ -15,6 +15,7 @@ from typing import Protocol
 from shimpy.errors import GgufError, NotFoundError
 from shimpy.logs import get_logger
 from shimpy.registry.model import Model
+from shimpy.registry.mounts import is_local
 
 # Scans are milliseconds: each request that needs one gets a new one. Where they are slow (a
 # folder on a network, hundreds of new files), one may be this old before it is repeated.
@@ -55,6 +56,9 @@ class FreshRegistry:
         self._started_s = -float("inf")
         self._took_s = 0.0
         self._told: tuple[str, ...] = ()
+        # Files that a scan looked at lately and that are on a disk of this machine: the kernel
+        # has them in memory, and to ask it takes microseconds, a thread tenths of milliseconds.
+        self._at_hand: set[tuple[Path, ...]] = set()
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -79,10 +83,19 @@ class FreshRegistry:
         except (NotFoundError, GgufError):
             await self._ensure_fresh()
             return self._registry.resolve(text)
-        if await asyncio.to_thread(_is_current, model):
+        if await self._is_current(model):
             return model
         await self.scan()
         return self._registry.resolve(text)
+
+    async def _is_current(self, model: Model) -> bool:
+        """Whether the model's files are those that were scanned."""
+        if model.files in self._at_hand:
+            return _is_current(model)
+        is_current, is_at_hand = await asyncio.to_thread(_look, model)
+        if is_at_hand:
+            self._at_hand.add(model.files)
+        return is_current
 
     async def use_folders(self, folders: Sequence[Path]) -> None:
         """Search other folders from now on."""
@@ -123,6 +136,8 @@ class FreshRegistry:
 
     def _on_scanned(self, scan: asyncio.Future[None]) -> None:
         self._scan = None
+        # Something else may be mounted there by now.
+        self._at_hand.clear()
         self._took_s = self._clock() - self._started_s
         if not scan.cancelled():
             # Seen here, so that a scan whose callers have all gone does not warn.
@@ -146,3 +161,8 @@ def _is_current(model: Model) -> bool:
         return False
     size = sum(stat.st_size for stat in stats)
     return size == model.size_bytes and max(stat.st_mtime for stat in stats) == model.modified_s
+
+
+def _look(model: Model) -> tuple[bool, bool]:
+    """Return `_is_current`, and whether that may be asked again without a thread."""
+    return _is_current(model), all(map(is_local, model.files))

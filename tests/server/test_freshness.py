@@ -85,6 +85,31 @@ async def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
         await registry.resolve("a")
 
 
+@pytest.mark.parametrize("is_local", [True, False])
+async def test_only_a_disk_of_this_machine_is_asked_without_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool
+) -> None:
+    (tmp_path / "a").touch()
+    asked_in: list[threading.Thread] = []
+    is_current = freshness._is_current
+
+    def note(model: Model) -> bool:
+        asked_in.append(threading.current_thread())
+        return is_current(model)
+
+    monkeypatch.setattr(freshness, "_is_current", note)
+    monkeypatch.setattr(freshness, "is_local", lambda _: is_local)
+    registry = FreshRegistry(FolderScanner(tmp_path))
+    await registry.scan()
+    await registry.resolve("a")
+    await registry.resolve("a")
+    await registry.scan()
+    await registry.resolve("a")
+    ours = [thread is threading.main_thread() for thread in asked_in]
+    # The first look after each scan finds out.
+    assert ours == [False, is_local, False]
+
+
 async def test_requests_at_once_share_scans(tmp_path: Path) -> None:
     """All that come while a scan runs are served by the next one, together."""
     scanner = FolderScanner(tmp_path, gate=threading.Semaphore(0))
