@@ -36,7 +36,7 @@ from shimpy.server.events import (
     ToolCallMade,
 )
 from shimpy.server.options import Options
-from shimpy.server.prompts import Prepared, prepare
+from shimpy.server.prompts import Prepared, is_short, prepare
 from shimpy.server.record import Record
 from shimpy.server.requests import GenerationRequest
 from shimpy.server.services import Services
@@ -68,6 +68,8 @@ async def prepare_request(services: Services, model: Model, request: GenerationR
     """Return what the worker is told; errors as `prompts.prepare`."""
     card = await services.cards.get(model)
     asked, now = with_settings(request, model), datetime.now().astimezone()
+    if is_short(asked):
+        return prepare(asked, model, card, now)
     return await asyncio.to_thread(prepare, asked, model, card, now)
 
 
