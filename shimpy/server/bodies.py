@@ -76,6 +76,9 @@ async def read_chunk(request: web.Request) -> bytes:
         BodyTimeoutError: nothing came for READ_TIMEOUT_S.
     """
     try:
+        if request.content.is_eof():
+            # All of it is here: there is nothing to wait for.
+            return request.content.read_nowait()
         async with asyncio.timeout(READ_TIMEOUT_S):
             return await request.content.readany()
     except TimeoutError:

@@ -81,6 +81,8 @@ class Metrics:
             buckets=_TOKEN_S,
             registry=registry,
         )
+        # To look one up by its labels takes longer than to count with it.
+        self._token_s_of: dict[str, Histogram] = {}
         self._load_s = Histogram(
             "shimpy_load_seconds",
             "From the start of a worker until its model is loaded.",
@@ -137,7 +139,9 @@ class Metrics:
 
     def on_tokens(self, model: str, n_tokens: int, gap_s: float) -> None:
         """Count tokens that came together, so long after those before them."""
-        histogram = self._token_s.labels(model)
+        histogram = self._token_s_of.get(model)
+        if histogram is None:
+            histogram = self._token_s_of[model] = self._token_s.labels(model)
         for _ in range(n_tokens):
             histogram.observe(gap_s / n_tokens)
 

@@ -29,6 +29,8 @@ JSON = "application/json; charset=utf-8"
 PING_AFTER_S = 15.0
 # A reader that takes nothing for this long holds a slot for nothing.
 WRITE_TIMEOUT_S = 60.0
+# After so much into an empty buffer asyncio's transports, of 64 KiB, ask nobody to wait.
+_FREE_BYTES = 32 * 1024
 _PING = b": ping\n\n"
 
 encode_json = msgspec.json.Encoder().encode
@@ -102,6 +104,12 @@ async def _pump(chunks: AsyncGenerator[bytes, None], stream: _Stream) -> None:
         await asyncio.gather(pinger, return_exceptions=True)
 
 
+class _Response(web.StreamResponse):
+    """A response whose head goes out together with its first chunk."""
+
+    _send_headers_immediately = False
+
+
 class _Stream:
     """One streamed response; writes are whole chunks, from the handler and from the pinger."""
 
@@ -109,7 +117,7 @@ class _Stream:
         self._request = request
         self._ping = form.ping
         self.content_type = form.content_type
-        self.response = web.StreamResponse(headers={"Content-Type": form.content_type})
+        self.response = _Response(headers={"Content-Type": form.content_type})
         if form.content_type.startswith(SSE):
             self.response.headers["Cache-Control"] = "no-cache"
             # nginx would collect the events otherwise.
@@ -125,12 +133,21 @@ class _Stream:
             TimeoutError: it took nothing for WRITE_TIMEOUT_S.
             ConnectionError: it has gone.
         """
-        async with self._lock, asyncio.timeout(WRITE_TIMEOUT_S):
-            if not self.is_open:
-                await self.response.prepare(self._request)
-                self.is_open = True
+        if self.is_open and self._is_free() and len(chunk) <= _FREE_BYTES:
+            # It waits for nobody: it needs no turn and no timeout.
             await self.response.write(chunk)
+        else:
+            async with self._lock, asyncio.timeout(WRITE_TIMEOUT_S):
+                if not self.is_open:
+                    await self.response.prepare(self._request)
+                    self.is_open = True
+                await self.response.write(chunk)
         self._last_write_s = self._now()
+
+    def _is_free(self) -> bool:
+        """Whether all that was written has gone."""
+        transport = self._request.transport
+        return transport is not None and not transport.get_write_buffer_size()
 
     async def close(self) -> None:
         """End the response properly."""
