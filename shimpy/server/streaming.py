@@ -71,7 +71,8 @@ async def stream_chunks(
                 raise
             await stream.finish_with(form.error_chunk(error), record, error)
         except asyncio.CancelledError:
-            if stream.is_open and services_of(request).lifecycle.is_stopping:
+            is_unfinished = stream.is_open and not stream.is_ended
+            if is_unfinished and services_of(request).lifecycle.is_stopping:
                 stopping = StoppingError()
                 await stream.finish_with(form.error_chunk(stopping), record, stopping)
             raise
@@ -123,6 +124,7 @@ class _Stream:
             # nginx would collect the events otherwise.
             self.response.headers["X-Accel-Buffering"] = "no"
         self.is_open = False
+        self.is_ended = False
         self._lock = asyncio.Lock()
         self._last_write_s = self._now()
 
@@ -152,6 +154,7 @@ class _Stream:
     async def close(self) -> None:
         """End the response properly."""
         if self.is_open:
+            self.is_ended = True
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self.response.write_eof()
 

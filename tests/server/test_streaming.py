@@ -68,6 +68,29 @@ async def test_an_error_before_the_first_chunk_is_a_status(services: Services) -
     assert (answer.status_code, answer.json()) == (400, {"error": "no"})
 
 
+async def test_a_stop_after_the_last_chunk_adds_nothing(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An events stream ends as the daemon stops, which also cancels what still runs."""
+    close = streaming._Stream.close
+    seen: list[BaseException] = []
+
+    async def close_and_stop(stream: streaming._Stream) -> None:
+        await close(stream)
+        services.lifecycle.begin_stop()
+        raise asyncio.CancelledError
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield b"data: a\n\n"
+
+    monkeypatch.setattr(streaming._Stream, "close", close_and_stop)
+    monkeypatch.setattr(streaming, "log_bug", lambda _, error: seen.append(error))
+    async with _serving(services, chunks(), "sse") as client:
+        answer = await client.get("/")
+    assert answer.content == b"data: a\n\n"
+    assert not seen
+
+
 @pytest.mark.parametrize(("form", "expected"), [("ndjson", b"aE "), ("sse", b"adata: E ")])
 @pytest.mark.parametrize(
     ("error", "code"), [(UserError("no"), b"bad_request"), (ValueError("bug"), b"internal")]
