@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shimpy.errors import UserError
-from shimpy.server import streaming
+from shimpy.server import app, streaming
 from shimpy.server.app import make_app
 from shimpy.server.services import Services
 from shimpy.server.streaming import NDJSON, SSE, StreamForm, sse_data, sse_json, stream_chunks
@@ -84,7 +84,7 @@ async def test_a_stop_after_the_last_chunk_adds_nothing(
         yield b"data: a\n\n"
 
     monkeypatch.setattr(streaming._Stream, "close", close_and_stop)
-    monkeypatch.setattr(streaming, "log_bug", lambda _, error: seen.append(error))
+    monkeypatch.setattr(app, "log_bug", lambda _, error: seen.append(error))
     async with _serving(services, chunks(), "sse") as client:
         answer = await client.get("/")
     assert answer.content == b"data: a\n\n"
