@@ -45,7 +45,7 @@ def print_state(state: dict[str, Any]) -> None:
     if residents:
         click.echo()
         print_table(
-            ("MEMORY OF", "DEVICE", "WEIGHTS", "KV", "COMPUTE", "TOTAL", "PREDICTED"),
+            ("MEMORY OF", "DEVICE", "WEIGHTS", "KV", "COMPUTE", "ALL", "PREDICTED", "PROCESS"),
             [row for resident in residents for row in _memory(resident)],
             gap=_GAP,
         )
@@ -104,7 +104,10 @@ def _until(expires_at: str) -> str:
 
 
 def _memory(resident: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Yield a row for each device: what the model takes there, or is predicted to."""
+    """Yield a row for each device: its buffers there, as they are and as they were predicted.
+
+    What the process takes beside them (a CUDA context, Python) is known to the plan alone.
+    """
     from shimpy.units import format_bytes
 
     placement = resident["placement"]
@@ -114,11 +117,12 @@ def _memory(resident: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             continue
         sizes = (real.get(f"{part}_bytes") for part in ("weights", "kv", "compute", "total"))
         shown = ("-" if size is None else format_bytes(size) for size in sizes)
-        predicted = format_bytes(use["total_bytes"])
+        predicted = format_bytes(use["total_bytes"] - use["overhead_bytes"])
         if placement.get("figures") == "exact":
             # By llama.cpp's own simulation.
             predicted += ", exact"
-        yield resident["name"], use["name"], *shown, predicted
+        process = f"+ {format_bytes(use['overhead_bytes'])}"
+        yield resident["name"], use["name"], *shown, predicted, process
 
 
 def _waiting(model: dict[str, Any]) -> str:

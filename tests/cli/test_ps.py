@@ -19,7 +19,8 @@ def use(name: str, weights: int, *, real: bool = True) -> dict[str, Any]:
         "compute_bytes": GIB // 2,
         "total_bytes": weights * GIB + GIB + GIB // 2,
     }
-    return {**sizes, "name": name, "real": sizes if real else None}
+    process = {"overhead_bytes": GIB // 4, "total_bytes": sizes["total_bytes"] + GIB // 4}
+    return {**sizes, **process, "name": name, "real": sizes if real else None}
 
 
 def resident(**changes: Any) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def resident(**changes: Any) -> dict[str, Any]:
             "n_layers": 48,
             "n_gpu_layers": 49,
             "moe_layers_in_ram": 40,
+            "figures": "exact",
             "devices": [use("CUDA0", 17)],
             "host": use("", 12),
         },
@@ -69,7 +71,7 @@ def test_a_model_over_two_devices_fits_a_terminal(capsys: pytest.CaptureFixture[
     assert "4, 12 wait" in row
     assert row.rstrip().endswith("in 5m0s")
     assert gpu.split()[:2] == ["qwen3:30b-a3b-q4_k_m", "CUDA0"]
-    assert gpu.split()[-4:] == ["18.5", "GiB", "18.5", "GiB"]
+    assert gpu.endswith("18.5 GiB  18.5 GiB, exact  + 256.0 MiB")
     assert ram.split()[1] == "RAM"
 
 
@@ -80,7 +82,19 @@ def test_a_model_that_loads_has_predictions_alone(capsys: pytest.CaptureFixture[
     )
     lines = printed(capsys, models=[loading])
     assert "loading 43%" in lines[1]
-    assert lines[-1].split()[1:] == ["RAM", "-", "-", "-", "-", "13.5", "GiB"]
+    assert lines[-1].split()[1:] == [
+        "RAM",
+        "-",
+        "-",
+        "-",
+        "-",
+        "13.5",
+        "GiB,",
+        "exact",
+        "+",
+        "256.0",
+        "MiB",
+    ]
 
 
 def test_a_pinned_model_has_no_end(capsys: pytest.CaptureFixture[str]) -> None:
