@@ -5,6 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pytest
+
 from shimpy.engine.sequence import KvCopy, KvRemove, KvShift, Sequence
 from shimpy.engine.slots import EVICT_CELLS, MIN_FOLLOW, Slots, common_prefix
 
@@ -264,6 +266,17 @@ def test_idle_caches_may_be_as_long_as_what_runs() -> None:
     start(slots, new(range_of(5000, 2000)))
     slots.thin_idle()
     assert slots.cells.n_used == 450
+
+
+@pytest.mark.parametrize(("n_prompt", "n_left"), [(20, 150), (100, 100), (180, 150)])
+def test_idle_caches_may_fill_what_is_attended_to_anyway(n_prompt: int, n_left: int) -> None:
+    """256 cells: of a prompt, of 64 tokens that it may be answered with, and of idle ones."""
+    new, slots = Order(), Slots(4, 4096, can_split=True)
+    for first in (3000, 4000, 5000):
+        leave_idle(slots, new(range_of(first, 50)))
+    start(slots, new(range_of(6000, n_prompt)))
+    slots.thin_idle()
+    assert slots.cells.n_used == n_left
 
 
 def range_of(start: int, n: int) -> list[int]:
