@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-import pytest
 
 from shimpy.engine.sequence import KvCopy, KvRemove, KvShift, Sequence
 from shimpy.engine.slots import EVICT_CELLS, MIN_FOLLOW, Slots, common_prefix
