@@ -87,6 +87,7 @@ class Engine:
         self._stats = Stats(0, 0, 0)
         self._stats_sent_s = -STATS_INTERVAL_S
         self._is_stopping = False
+        self._save_s = 0.0
 
     def run(self) -> None:
         """Step until Shutdown; running requests then end as cancelled, their prefixes saved."""
@@ -136,6 +137,7 @@ class Engine:
                 self._backend.set_threads(work.n_threads)
             case Shutdown():
                 self._is_stopping = True
+                self._save_s = work.save_s
             case _:
                 assert_never(work)
 
@@ -198,7 +200,7 @@ class Engine:
             return
         ops, saves = self._batcher.plan_saves()
         if all(map(self._apply, ops)):
-            self._prefixes.save(saves)
+            self._prefixes.save(saves, self._save_s)
 
     def _apply(self, op: KvOp) -> bool:
         match op:

@@ -41,10 +41,9 @@ _PART: Final = ".part"
 _LOCK: Final = "lock"
 # Left free on the disk for everybody else.
 MIN_FREE_BYTES: Final = 2 * GIB
-# Saving begins no prefix that would not be done by then, as far as can be known...
-SAVE_S: Final = 2.0
-# ...and ends the process when it is not over by then. The daemon's patience is longer.
-MAX_SAVE_S: Final = 4.0
+# Saving begins no prefix that would not be done in time, as far as can be known, and ends the
+# process when it is not over by then. The daemon's patience is longer.
+OVERTIME_S: Final = 2.0
 # What is written and summed in a second, before anything was measured.
 _BYTES_PER_S: Final = 500e6
 # What takes less is too quick to tell how fast it was.
@@ -94,19 +93,19 @@ class PrefixStore:
         self._tell("restored", prefix, time.monotonic() - started_s)
         return True
 
-    def save(self, saves: list[Save]) -> None:
+    def save(self, saves: list[Save], limit_s: float) -> None:
         """Write slots' states, the first ones first, as far as time and room allow.
 
         The process ends where this takes too long: it is about to end anyway.
         """
         if not saves:
             return
-        alarm = threading.Timer(MAX_SAVE_S, self._give_up)
+        alarm = threading.Timer(limit_s + OVERTIME_S, self._give_up)
         alarm.daemon = True
         alarm.start()
         try:
             with _locked(self._root):
-                self._save_all(saves)
+                self._save_all(saves, limit_s)
         except OSError as error:
             self._send(PrefixNews("skipped", len(saves[0].tokens), 0, reason=str(error)))
         finally:
@@ -123,8 +122,8 @@ class PrefixStore:
 
     # --- saving ---
 
-    def _save_all(self, saves: list[Save]) -> None:
-        until_s = time.monotonic() + SAVE_S
+    def _save_all(self, saves: list[Save], limit_s: float) -> None:
+        until_s = time.monotonic() + limit_s
         bytes_per_s = _BYTES_PER_S
         for rank, save in enumerate(saves):
             started_s = time.monotonic()

@@ -216,6 +216,9 @@ class SetThreads(_Message, frozen=True):
 class Shutdown(_Message, frozen=True):
     """Free everything and exit 0; running requests end as cancelled."""
 
+    # Seconds that saving prefixes may take.
+    save_s: float = 2.0
+
 
 ToWorker = Load | Submit | Embed | Tokenize | Cancel | SetThreads | Shutdown
 

@@ -233,7 +233,8 @@ class Books:
         if resident.phase is Phase.STOPPING:
             return []
         resident.phase = Phase.STOPPING
-        stop = StopWorker(worker=resident.worker, reason=reason)
+        is_urgent = kind in {"evict", "reload", "shrunk"}
+        stop = StopWorker(worker=resident.worker, reason=reason, is_urgent=is_urgent)
         return [stop, note(kind, resident.key, reason, now, cause=cause or kind)]
 
     def begin_move(

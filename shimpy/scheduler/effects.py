@@ -26,6 +26,8 @@ class StopWorker:
 
     worker: WorkerId
     reason: str
+    # Somebody waits for its memory: what it would like to save must not take long.
+    is_urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -277,7 +277,7 @@ class Scheduler:
                 case fx.StartWorker():
                     self._start_worker(effect)
                 case fx.StopWorker():
-                    self._workers[effect.worker].stop(effect.reason)
+                    self._workers[effect.worker].stop(effect.reason, is_urgent=effect.is_urgent)
                 case fx.Grant():
                     self._answer(effect.request, self._lease(effect))
                 case fx.Reject():

@@ -49,6 +49,8 @@ WORKER_ENV = {"GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": "1"}
 # longer, and nothing was measured.
 CPU_WORKER_ENV = WORKER_ENV | {"GOMP_SPINCOUNT": "1000"}
 
+# What saving prefixes may take where somebody waits for the memory, in seconds.
+URGENT_SAVE_S = 0.25
 MAX_LINES = 64
 MAX_LINE_CHARS = 500
 _READ_BYTES = 64 * 1024
@@ -108,6 +110,7 @@ class Worker:
         # The reason why it is being stopped, whoever wants it; the first one counts.
         self._ending: WorkerExit | None = None
         self._stop_wanted = asyncio.Event()
+        self._shutdown = Shutdown()
         self._loaded = asyncio.Event()
         self._ended: WorkerExit | None = None
         # When it last said something, or was asked for something when it had nothing to do.
@@ -136,8 +139,12 @@ class Worker:
         """Whether nothing speaks against giving it a task."""
         return self._task is None and self._ending is None and self._ended is None
 
-    def stop(self, reason: str) -> None:
-        """End it: a Shutdown frame, then SIGTERM, then SIGKILL, each with its deadline."""
+    def stop(self, reason: str, *, is_urgent: bool = False) -> None:
+        """End it: a Shutdown frame, then SIGTERM, then SIGKILL, each with its deadline.
+
+        Where it is urgent, no more is saved than a moment allows.
+        """
+        self._shutdown = Shutdown(save_s=URGENT_SAVE_S) if is_urgent else Shutdown()
         self._end(ExitKind.STOPPED, f"was stopped: {reason}")
 
     def send(self, message: ToWorker) -> None:
@@ -295,7 +302,7 @@ class Worker:
     async def _climb_stop_ladder(self, process: asyncio.subprocess.Process) -> None:
         """Once a stop is wanted, ask, then insist, then kill."""
         await self._stop_wanted.wait()
-        self.send(Shutdown())
+        self.send(self._shutdown)
         for wait_s, number in (
             (self._deadlines.shutdown_s, signal.SIGTERM),
             (self._deadlines.terminate_s, signal.SIGKILL),

@@ -57,7 +57,7 @@ def open_fake(load: Load, *, on_progress: Callable[[float], bool]) -> Backend:
         case "stuck-decode":
             return Stuck(n_ctx=load.n_ctx, n_slots=load.n_slots)
         case "stuck-save":
-            prefix_store.MAX_SAVE_S = 0.3  # type: ignore[misc]
+            prefix_store.OVERTIME_S = 0.2  # type: ignore[misc]
             return StuckSaving(n_ctx=load.n_ctx, n_slots=load.n_slots, n_batch=load.n_batch)
     return FakeBackend(n_ctx=load.n_ctx, n_slots=load.n_slots, n_batch=load.n_batch)
 

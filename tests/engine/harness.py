@@ -143,9 +143,9 @@ class Rig:
             self.step()
         raise AssertionError("the engine does not come to an end")
 
-    def end(self) -> None:
+    def end(self, *, save_s: float = 2.0) -> None:
         """Let the engine end as the worker does; what runs is cancelled."""
-        self.send(Shutdown())
+        self.send(Shutdown(save_s=save_s))
         self.engine.run()
 
 

@@ -207,8 +207,11 @@ def test_what_a_dead_worker_left_unfinished_is_removed(tmp_path: Path) -> None:
 
 
 def test_no_time_no_saving(tmp_path: Path) -> None:
-    with mock.patch.object(prefix_store, "SAVE_S", 0.0):
-        assert kinds(life(tmp_path)[1]) == ["skipped"]
+    rig = Rig(FakeBackend(**SHAPE), prefixes=tmp_path)
+    rig.submit(1, [Text(STEM)], n_predict=20)
+    rig.finish()
+    rig.end(save_s=0.0)
+    assert kinds(rig.news) == ["skipped"]
     assert files(tmp_path) == []
 
 
@@ -248,7 +251,7 @@ def test_a_disk_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
     with Worker.start(module="tests.engine.fake_worker") as worker:
         worker.load(model, **SHAPE, **options)
         worker.generate(1, STEM, n_predict=2)
-        worker.send(Shutdown())
+        worker.send(Shutdown(save_s=0.1))
         worker.wait_for_line("stuck")
         assert worker.process.wait(TIMEOUT_S) == 0
     assert files(folder) == []

@@ -72,6 +72,8 @@ class Simulation:
     n_faults: int = 0
     # Models that somebody wants unloaded, until they are loaded again.
     told_to_leave: set[str] = field(default_factory=set)
+    # Whose workers were stopped, and whether somebody waited for their memory.
+    stops: list[tuple[str, bool]] = field(default_factory=list)
     # Its planner gives less context than was asked for.
     is_stingy: bool = False
 
@@ -251,6 +253,7 @@ class Simulation:
                 process = self.processes[effect.worker]
                 assert not process.is_stopping, "stopped twice"
                 process.is_stopping = True
+                self.stops.append((str(self.core.residents[effect.worker].key), effect.is_urgent))
                 is_busy = effect.worker in self.granted.values()
                 assert self.is_over or not is_busy, "a busy resident was stopped"
             case fx.Grant():

@@ -180,6 +180,7 @@ def test_a_dense_model_evicts_rather_than_crawl() -> None:
     assert sim.kinds("evict")[0].reason == (
         "its memory was needed for b:latest (600.0 MiB of GPU0)"
     )
+    assert sim.stops == [("a:latest", True)]
 
 
 def test_a_dense_model_crawls_rather_than_wait_for_a_busy_one() -> None:
