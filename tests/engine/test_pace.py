@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shimpy.engine.pace import MIN_CHUNK, STALL_S, Pace
+from shimpy.engine.pace import LEAST_CHUNK, MIN_CHUNK, STALL_S, Pace
 
 
 def settle(
@@ -27,8 +27,33 @@ def settle(
 
 @pytest.mark.parametrize("before", [(), (64,), (512,), (64, 512, 2048)])
 def test_on_a_slow_machine_chunks_stay_short(before: tuple[int, ...]) -> None:
-    """Two cores and a 200M model: 128 tokens in 0.25 s, 256 in 0.44 s."""
-    assert set(settle(lambda n: 0.06 + n * 0.0015, before=before)) == {MIN_CHUNK}
+    """Two cores and a 200M model: 128 tokens in 0.17 s, 256 in 0.38 s."""
+    assert set(settle(lambda n: 0.01 + n * 0.00135, before=before)) == {MIN_CHUNK}
+
+
+@pytest.mark.parametrize(("token_s", "expected"), [(0.002, 96), (0.003, LEAST_CHUNK)])
+@pytest.mark.parametrize("before", [(), (64,), (512,), (64, 512, 2048)])
+def test_where_they_would_be_long_they_shrink(
+    before: tuple[int, ...], token_s: float, expected: int
+) -> None:
+    """Deep in a prompt, or with a larger model; shorter ones still would cost too much."""
+    assert settle(lambda n: n * token_s, before=before)[-1] == expected
+
+
+def test_where_a_batch_costs_much_by_itself_shrinking_saves_too_little() -> None:
+    sizes = settle(lambda n: 0.15 + n * 0.002)
+    assert LEAST_CHUNK not in sizes[4:]
+
+
+def test_after_a_long_prompt_they_are_as_before() -> None:
+    """Each chunk is slower than the one before it, until the next prompt begins."""
+    pace = Pace(512)
+    for depth in range(12):
+        pace.on_batch(pace.chunk, pace.chunk * (0.0013 + 0.0001 * depth))
+    assert pace.chunk < MIN_CHUNK
+    for _ in range(2):
+        pace.on_batch(pace.chunk, pace.chunk * 0.0013)
+    assert pace.chunk == MIN_CHUNK
 
 
 def test_on_a_gpu_they_grow_to_what_the_stall_allows() -> None:
