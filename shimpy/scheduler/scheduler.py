@@ -287,6 +287,8 @@ class Scheduler:
                     self._workers[effect.worker].send(message)
                 case fx.Probe():
                     self._tasks.create_task(self._probe_hardware())
+                    if self._is_asked():
+                        self._spare.hurry()
                 case fx.Note():
                     self._note(effect.event)
                 case _:
@@ -400,10 +402,12 @@ class Scheduler:
         self._carry_out(self._core.on_timer(self._clock.now()))
 
     def _look_for_quiet(self) -> None:
-        core = self._core
-        is_idle = all(resident.is_idle for resident in core.residents.values())
-        is_asked = any(queue.waiting for queue in core.queues.values())
-        self._spare.on_change(is_quiet=is_idle and not is_asked)
+        is_idle = all(resident.is_idle for resident in self._core.residents.values())
+        self._spare.on_change(is_quiet=is_idle and not self._is_asked())
+
+    def _is_asked(self) -> bool:
+        """Whether a request waits for a model."""
+        return any(queue.waiting for queue in self._core.queues.values())
 
     # --- workers --------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
     (none) --wanted, and a quiet moment--> ready --take--> a resident's worker --> (none)
 
 It begins to be wanted when the daemon has looked around, and again after each load. Starting it
-takes a core for a fifth of a second, so it waits until nothing runs, but not for ever.
+takes a core for a fifth of a second, so it waits until nothing runs, but not for ever; nor where
+a load is planned, which takes as long: the worker starts meanwhile.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ class SpareWorker:
         self._uses_gpu = uses_gpu
         if self._worker is None:
             self._wanted_since_s = self._clock.now()
+
+    def hurry(self) -> None:
+        """Start one now if there is none: a load that is being planned will take it."""
+        if self._is_enabled and self._worker is None:
+            self._disarm()
+            self._start()
 
     def take(self, *, uses_gpu: bool) -> Worker | None:
         """Hand over the spare worker, if there is one of that kind; another is wanted then."""
