@@ -1,7 +1,8 @@
 """Takes a snapshot of the machine: the devices that llama.cpp can use, other cards, the host.
 
 Which devices there are is asked of a short-lived worker, once, since only llama.cpp's own
-build can tell, and since asking takes memory on each card until the process ends. Their free
+build can tell, and since asking takes memory on each card until the process ends; but not where
+the build has no backend for any. Their free
 memory is then read from the drivers at each snapshot; where no driver tells, the worker is
 asked again.
 """
@@ -21,6 +22,7 @@ from typing import Final
 import msgspec
 
 from shimpy.errors import WorkerError
+from shimpy.placement.builds import cpu_build, installed_lib
 from shimpy.placement.cards import (
     Card,
     CardSources,
@@ -94,12 +96,21 @@ def ask_worker(argv: Sequence[str] = DEVICES_ARGV, *, timeout_s: float = _TIMEOU
         raise WorkerError(f"llama.cpp's list of devices can't be read: {error}") from error
 
 
+def list_devices() -> BuildInfo:
+    """Return what this build of llama.cpp can use; asks nobody where that is the CPU alone.
+
+    Raises:
+        WorkerError: as `ask_worker`.
+    """
+    return cpu_build(installed_lib()) or ask_worker()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
     """All that a snapshot is taken from; tests put their own in place."""
 
     # Raises WorkerError where llama.cpp can't be asked.
-    list_devices: Callable[[], BuildInfo] = ask_worker
+    list_devices: Callable[[], BuildInfo] = list_devices
     cards: CardSources = field(default_factory=CardSources)
     host: HostSources = field(default_factory=HostSources)
     clock: Callable[[], float] = time.monotonic
