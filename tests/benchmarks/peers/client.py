@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -51,14 +52,12 @@ async def stream(
     url: str,
     body: dict[str, Any],
     *,
-    request_id: str = "",
     began: asyncio.Event | None = None,
     began_after: int = 1,
 ) -> Stream:
     """Read one streamed answer to its end; `began` is set after `began_after` events."""
     found = Stream(time.perf_counter())
-    headers = {"X-Request-Id": request_id} if request_id else {}
-    async with http.post(url, json=body, headers=headers) as answer:
+    async with http.post(url, json=body) as answer:
         if answer.status != 200:
             raise RuntimeError(f"{url}: {answer.status} {await answer.text()}")
         async for data in answer.content.iter_any():
@@ -80,6 +79,31 @@ async def stream(
     if not found.arrivals_s:
         raise RuntimeError(f"{url}: an answer of nothing")
     return found
+
+
+async def time_to_first_s(url: str, body: dict[str, Any], request_id: str) -> float:
+    """Return the seconds from a streamed answer's request to its first event; read it whole.
+
+    Over a connection that is there already and without an HTTP client, whose time would count.
+    """
+    parts = urlsplit(url)
+    data = json.dumps(body).encode()
+    head = (
+        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nX-Request-Id: {request_id}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        started_s = time.perf_counter()
+        writer.write(head.encode() + data)
+        answer = await reader.readuntil(_EVENT)
+        first_s = time.perf_counter() - started_s
+        if not answer.startswith(b"HTTP/1.1 200 "):
+            raise RuntimeError(f"{url}: {answer!r}")
+        await reader.readuntil(_EVENT + b"[DONE]")
+    finally:
+        writer.close()
+    return first_s
 
 
 def _usage(data: bytes) -> dict[str, Any] | None:

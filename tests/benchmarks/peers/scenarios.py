@@ -126,7 +126,10 @@ def arrival(model: str, n_prompt: int) -> Scenario:
 
 
 def overhead(model: str, n_streams: int) -> Scenario:
-    """What the daemon adds to what the worker takes: to a first token, and in CPU to each."""
+    """What the daemon adds to what the worker takes: to a first token, and in CPU to each.
+
+    The kernel's and the client's part of the way is in it.
+    """
 
     async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
         assert isinstance(contender, Server)
@@ -136,11 +139,11 @@ def overhead(model: str, n_streams: int) -> Scenario:
         url = f"{contender.url}/v1/completions"
         ids = [f"overhead-{seed}-{index}" for index in range(n_streams)]
         before_s = cpu_s(contender.process, with_children=False)
-        async with client.connect() as http, asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as tasks:
             running = []
             for prompt, request in zip(prompts, ids, strict=True):
                 body = _body(contender, prompt, n_predict)
-                one = client.stream(http, url, body, request_id=request)
+                one = client.time_to_first_s(url, body, request)
                 running.append(tasks.create_task(one))
                 # One after the other: they are not to wait for each other.
                 await asyncio.sleep(_APART_S)
@@ -148,8 +151,8 @@ def overhead(model: str, n_streams: int) -> Scenario:
         took_s = cpu_s(contender.process, with_children=False) - before_s
         lines = await _log_lines(contender.log, ids)
         added = [
-            one.first_s - lines[request]["queue_s"] - lines[request]["prefill_s"]
-            for one, request in zip(found, ids, strict=True)
+            first_s - lines[request]["queue_s"] - lines[request]["prefill_s"]
+            for first_s, request in zip(found, ids, strict=True)
         ]
         return {
             "added_ttft_ms": 1000 * statistics.median(added),
