@@ -50,6 +50,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json"]
 CpuMoeSetting = Literal["auto", "on", "off"]
 KvSetting = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+LoadSetting = Literal["mmap", "locked"]
 
 
 def _setting(default: Any, parse: Parser, metavar: str, help_text: str) -> Any:
@@ -149,6 +150,13 @@ class Config:
     )
     kv_type: KvSetting | None = _setting(
         None, parse_choice(*get_args(KvSetting)), "TYPE", "Type of the KV cache; f16 when not set."
+    )
+    load_mode: LoadSetting | None = _setting(
+        None,
+        parse_choice(*get_args(LoadSetting)),
+        "[mmap|locked]",
+        "Map a model's file, or hold its weights in RAM for good, page-locked for a GPU; "
+        "locked where experts pass through a GPU and there is room, when not set.",
     )
     n_threads: int | None = _setting(
         None, parse_int(1), "N", "Threads of one worker; by cores and busy workers when not set."

@@ -169,6 +169,7 @@ def plan_options(
         n_ctx=config.n_ctx if n_ctx is None else n_ctx,
         n_slots=config.n_slots if n_slots is None else n_slots,
         kv_type=config.kv_type if kv_type is None else kv_type,
+        load_mode=config.load_mode,
         cpu_moe=configured if cpu_moe is None else cpu_moe,
     )
 

@@ -27,6 +27,7 @@ def with_defaults(options: PlanOptions, config: Config) -> PlanOptions:
         n_ctx=options.n_ctx or config.n_ctx,
         n_slots=options.n_slots or config.n_slots,
         kv_type=options.kv_type or config.kv_type,
+        load_mode=options.load_mode or config.load_mode,
         cpu_moe=cpu_moe,
     )
 

@@ -34,6 +34,7 @@ LIVE = frozenset(
         "hang_timeout",
         "keep_alive",
         "kv_type",
+        "load_mode",
         "load_timeout",
         "log_level",
         "max_body",

@@ -1,13 +1,10 @@
-"""What a placement really takes on an NVIDIA card, and how fast it is, beside llama-server.
+"""How fast a model is on an NVIDIA card, beside llama-server: all on the GPU, and experts in RAM.
 
-    python -m tests.benchmarks.card MODEL [--rungs] [--squeeze] [--speed] [--peer llama-server]
+    python -m tests.benchmarks.card MODEL [--rounds N] [--peer llama-server]
 
---rungs    predicted VRAM beside nvidia-smi's for the experts of N layers in RAM
---squeeze  another process takes VRAM until little is left; the model has to load and answer
---speed    aggregate tok/s and mean time to first token at 1, 4 and 16 streams, over HTTP
-
-Results are tables on stdout and, with --json FILE, JSON. The daemon is a real one on a free
-port; everything is bounded in time.
+Aggregate tok/s and mean time to the first token at 1, 4 and 16 streams, over HTTP; tables on
+stdout and, with --json FILE, JSON. The daemon is a real one on a free port; everything is bounded
+in time. tests.benchmarks.memory measures what placements take.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ import shutil
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,18 +26,13 @@ from typing import Any
 
 import httpx
 
-from shimpy.units import GIB, MIB
+from shimpy.units import GIB
+from tests.benchmarks.vram import used_vram
 from tests.daemon import Daemon, running_daemon
 
 N_PROMPT = 512
 N_GENERATED = 64
 STREAMS = (1, 4, 16)
-
-
-def used_vram() -> int:
-    """Return the bytes in use on the first card, as nvidia-smi shows them."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * MIB
 
 
 def generate(daemon: Daemon, model: str, n_predict: int = 16) -> dict[str, Any]:
@@ -64,76 +55,6 @@ def resident(daemon: Daemon) -> dict[str, Any]:
     assert len(models) == 1, models
     first: dict[str, Any] = models[0]
     return first
-
-
-def measure_rungs(folder: Path, model: str, n_ctxs: list[int], rungs: list[int]) -> list[Any]:
-    """Return (n_ctx, N, predicted bytes, nvidia-smi's bytes) for each rung."""
-    rows = []
-    for n_ctx in n_ctxs:
-        for n_cpu_moe in rungs:
-            flags = ("--n-ctx", str(n_ctx), "--n-cpu-moe", str(n_cpu_moe))
-            before = used_vram()
-            with home() as path, running_daemon(path, folder, *flags) as daemon:
-                answer = generate(daemon, model)
-                placement = resident(daemon)["placement"]
-                taken = used_vram() - before
-                predicted = sum(d["total_bytes"] for d in placement["devices"])
-            ok = abs(taken - predicted) <= max(64 * MIB, 0.02 * taken)
-            rows.append((n_ctx, n_cpu_moe, predicted, taken, placement["load_mode"], ok))
-            print(
-                f"n_ctx {n_ctx:6} N {n_cpu_moe:2} {placement['load_mode']:6} "
-                f"ubatch {placement['n_ubatch']:4} predicted {predicted / MIB:8.0f} MiB, "
-                f"nvidia-smi {taken / MIB:8.0f} MiB, {(predicted - taken) / MIB:+6.0f} "
-                f"{'ok' if ok else 'OFF'} {answer.get('error', '')}"
-            )
-    return rows
-
-
-def squeeze(folder: Path, model: str, left_gib: list[float]) -> list[Any]:
-    """Leave so much VRAM and see the model load and answer; return how much it left unused."""
-    rows = []
-    for left in left_gib:
-        with hog(left), home() as path, running_daemon(path, folder) as daemon:
-            answer = generate(daemon, model)
-            if "error" in answer:
-                rows.append((left, None, None, answer["error"]))
-                print(f"left {left:5.1f} GiB: {answer['error']}")
-                continue
-            placement = resident(daemon)["placement"]
-            free = sum(d["free_bytes"] - d["total_bytes"] for d in placement["devices"])
-            taken = used_vram()
-            rows.append((left, placement["mode"], placement["n_cpu_moe"], free))
-            print(
-                f"left {left:5.1f} GiB: {placement['mode']} N {placement['n_cpu_moe']} "
-                f"ngl {placement['n_gpu_layers']} n_ctx {placement['n_ctx']} "
-                f"{placement['load_mode']}/{placement['n_ubatch']}, unused by the plan "
-                f"{free / MIB:.0f} MiB, used on the card {taken / MIB:.0f} MiB, "
-                f"{answer['eval_count']} tokens"
-            )
-    return rows
-
-
-@contextlib.contextmanager
-def hog(left_gib: float) -> Iterator[None]:
-    """Hold VRAM in another process until only `left_gib` is free."""
-    code = (
-        "import torch,sys\n"
-        "free,total=torch.cuda.mem_get_info()\n"
-        f"n=int(free-{left_gib}*2**30)\n"
-        "x=torch.empty(max(n,0),dtype=torch.uint8,device='cuda')\n"
-        "free,total=torch.cuda.mem_get_info()\n"
-        "print(free,flush=True)\nsys.stdin.read()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait(30)
 
 
 @contextlib.contextmanager
@@ -257,10 +178,7 @@ def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.card", description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--rungs", type=int, nargs="*")
-    parser.add_argument("--n-ctx", type=int, nargs="*", default=[4096])
-    parser.add_argument("--squeeze", type=float, nargs="*", metavar="GIB")
-    parser.add_argument("--speed", type=int, metavar="ROUNDS")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", default=shutil.which("llama-server"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -269,12 +187,7 @@ def main() -> None:
     path = arguments.model.absolute()
     model = str(name_from_stem(path.stem))
     results: dict[str, Any] = {"model": model, "free_gib": used_vram() / GIB}
-    if arguments.rungs:
-        results["rungs"] = measure_rungs(path.parent, model, arguments.n_ctx, arguments.rungs)
-    if arguments.squeeze:
-        results["squeeze"] = squeeze(path.parent, model, arguments.squeeze)
-    if arguments.speed:
-        results["speed"] = measure_speed(path.parent, model, path, arguments.peer, arguments.speed)
+    results["speed"] = measure_speed(path.parent, model, path, arguments.peer, arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 

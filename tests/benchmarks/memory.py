@@ -1,15 +1,15 @@
-"""What placements take on an NVIDIA card, predicted and real, light and heavy work; and squeezed.
+"""What placements take on an NVIDIA card, predicted and real; and with little VRAM left.
 
     python -m tests.benchmarks.memory MODEL [--n-ctx N ...] [--rungs N ...] [--squeeze GIB ...]
 
 --rungs    experts of the first N layers in RAM: the prediction beside nvidia-smi's figure after
-           one answer, and what 16 prompts of 512 tokens at once add to it
---squeeze  another process takes VRAM until so much is left: the model has to load and to serve
-           16 streams, and may leave less than a layer's experts and 300 MiB unused
+           one answer
+--squeeze  another process takes VRAM until so much is left: the model has to load and to answer,
+           and may leave less than a layer's experts and 300 MiB unused
+--heavy    then 16 prompts of 512 tokens at once, and what they add to it
 
-All daemons of a run share one state, as one machine's daemons do: figures that were simulated
-and overheads that were learnt are there for the next. Rows go to stdout and, with --json FILE,
-to a file that is whole after each row.
+One daemon serves them all: figures that were simulated and overheads that were learnt are there
+for the next. Rows go to stdout and, with --json FILE, to a file that is whole after each row.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from shimpy.gguf.arch import describe_model
 from shimpy.gguf.reader import read_header
@@ -31,13 +34,12 @@ from shimpy.units import GIB, MIB
 from tests.benchmarks.card import (
     completion_body,
     generate,
-    hog,
     home,
     random_prompts,
     resident,
     run_streams,
-    used_vram,
 )
+from tests.benchmarks.vram import Hog, used_vram
 from tests.daemon import Daemon, running_daemon
 
 N_STREAMS = 16
@@ -65,28 +67,43 @@ def _shown(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def measure_rung(state: Path, model: Path, n_ctx: int, n_cpu_moe: int) -> dict[str, Any]:
-    """Load a model with the experts of so many layers in RAM; return the figures in MiB."""
-    flags = ("--n-ctx", str(n_ctx), "--n-cpu-moe", str(n_cpu_moe))
-    before = used_vram()
-    with running_daemon(state, model.parent, *flags, threads=None) as daemon:
-        row = {"n_ctx": n_ctx, "N": n_cpu_moe} | _serve(daemon, _name(model), before)
-    return row | {"simulated_s": _simulated_s(state)}
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """One daemon, one model, and what to do with it."""
 
+    daemon: Daemon
+    state: Path
+    model: str
+    # The bytes of the largest layer's experts.
+    layer_bytes: int
+    is_heavy: bool
 
-def squeeze(state: Path, model: Path, left_gib: float) -> dict[str, Any]:
-    """Have a model loaded where only so much VRAM is free; return the figures in MiB."""
-    shape = describe_model(read_header(model))
-    layer = max((layer.expert_bytes for layer in shape.layers), default=0)
-    with hog(left_gib), running_daemon(state, model.parent, threads=None) as daemon:
+    def rung(self, n_ctx: int, n_cpu_moe: int) -> dict[str, Any]:
+        """Load the model with the experts of so many layers in RAM; return the figures in MiB."""
+        self._set({"cpu_moe": n_cpu_moe, "num_ctx": n_ctx})
+        return {"n_ctx": n_ctx, "N": n_cpu_moe} | self._serve()
+
+    def squeeze(self, hog: Hog, left_gib: float) -> dict[str, Any]:
+        """Have the model loaded where only so much VRAM is free; return the figures in MiB."""
+        self._set({}, unset=["cpu_moe", "num_ctx"])
+        hog.leave(left_gib)
+        row = {"left_gib": left_gib} | self._serve()
+        if row.get("mode") in {"experts-in-ram", "partial-gpu"}:
+            row["well_used"] = row["unused"] * MIB < self.layer_bytes + ALLOWED_UNUSED_BYTES
+        return row
+
+    def _set(self, settings: dict[str, Any], unset: Sequence[str] = ()) -> None:
+        body = {"model": self.model, "set": settings, "unset": list(unset)}
+        httpx.post(f"{self.daemon.url}/api/settings", json=body, timeout=30).raise_for_status()
+        self.daemon.shimpy("stop", self.model)
+
+    def _serve(self) -> dict[str, Any]:
         before = used_vram()
-        row = {"left_gib": left_gib} | _serve(daemon, _name(model), before)
-    if row.get("mode") in {"experts-in-ram", "partial-gpu"}:
-        row["well_used"] = row["unused"] * MIB < layer + ALLOWED_UNUSED_BYTES
-    return row | {"simulated_s": _simulated_s(state)}
+        row = _serve(self.daemon, self.model, before, is_heavy=self.is_heavy)
+        return row | {"simulated_s": _simulated_s(self.state)}
 
 
-def _serve(daemon: Daemon, model: str, before: int) -> dict[str, Any]:
+def _serve(daemon: Daemon, model: str, before: int, *, is_heavy: bool) -> dict[str, Any]:
     started = time.perf_counter()
     answer = generate(daemon, model)
     load_s = time.perf_counter() - started
@@ -98,13 +115,8 @@ def _serve(daemon: Daemon, model: str, before: int) -> dict[str, Any]:
     predicted = sum(device["total_bytes"] for device in devices)
     buffers = sum(device["real"]["total_bytes"] for device in devices)
     off_bytes = sum(d["total_bytes"] - d["overhead_bytes"] for d in devices) - buffers
-    url = f"{daemon.url}/completion"
-    bodies = [completion_body(model)(prompt) for prompt in random_prompts(N_STREAMS, 5)]
-    rate, _ = asyncio.run(run_streams(url, bodies))
-    # Decoding alone, after the cards are warm.
-    alone = generate(daemon, model, 96)
     allowed = max(ALLOWED_BYTES, ALLOWED_SHARE * taken)
-    return {
+    row = {
         "mode": placement["mode"],
         "ngl": placement["n_gpu_layers"],
         "n_cpu_moe": placement["n_cpu_moe"],
@@ -119,20 +131,26 @@ def _serve(daemon: Daemon, model: str, before: int) -> dict[str, Any]:
         "smi": taken // MIB,
         "off": (predicted - taken) / MIB,
         "ok": abs(predicted - taken) <= allowed,
-        "smi_heavy": (used_vram() - before) // MIB,
         "unused": sum(d["free_bytes"] - d["total_bytes"] for d in devices) // MIB,
         "load_s": load_s,
+    }
+    return row | (_work(daemon, model, before) if is_heavy else {})
+
+
+def _work(daemon: Daemon, model: str, before: int) -> dict[str, Any]:
+    bodies = [completion_body(model)(prompt) for prompt in random_prompts(N_STREAMS, 5)]
+    rate, _ = asyncio.run(run_streams(f"{daemon.url}/completion", bodies))
+    # Decoding alone, after the cards are warm.
+    alone = generate(daemon, model, 96)
+    return {
+        "smi_heavy": (used_vram() - before) // MIB,
         "tok_s_16": rate,
         "tok_s_1": alone["eval_count"] / max(1e-9, alone["eval_duration"] / 1e9),
     }
 
 
-def _name(model: Path) -> str:
-    return str(name_from_stem(model.stem))
-
-
 def _simulated_s(state: Path) -> float:
-    """Return how long the last daemon simulated, by its log."""
+    """Return how long the daemon has simulated so far, by its log."""
     log = (state / "serve.log").read_text(errors="replace")
     return sum(float(s) for s in re.findall(r'"s": ?([\d.]+)[^\n]*"event": ?"simulated"', log))
 
@@ -154,17 +172,36 @@ def main() -> None:
     parser.add_argument("--n-ctx", type=int, nargs="+", default=[4096])
     parser.add_argument("--rungs", type=int, nargs="+", default=[])
     parser.add_argument("--squeeze", type=float, nargs="+", default=[], metavar="GIB")
+    parser.add_argument("--heavy", action="store_true", help="16 streams on each, too")
+    parser.add_argument("--load-mode", choices=["mmap", "locked"], help="mmap loads sooner")
     parser.add_argument("--state", type=Path, help="a folder that is kept")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, rows = arguments.model.absolute(), Rows(arguments.json)
     print(f"{used_vram() / GIB:.2f} GiB in use before", flush=True)
-    with _state(arguments.state) as state:
+    # Nothing is to move while it is measured.
+    flags = ["--replan-interval", "0"]
+    if arguments.load_mode:
+        flags += ["--load-mode", arguments.load_mode]
+    layers = describe_model(read_header(model)).layers
+    with (
+        _state(arguments.state) as state,
+        running_daemon(state, model.parent, *flags, threads=None) as daemon,
+    ):
+        sweep = Sweep(
+            daemon=daemon,
+            state=state,
+            model=str(name_from_stem(model.stem)),
+            layer_bytes=max((layer.expert_bytes for layer in layers), default=0),
+            is_heavy=arguments.heavy,
+        )
         for n_ctx in arguments.n_ctx:
             for n_cpu_moe in arguments.rungs:
-                rows.add(measure_rung(state, model, n_ctx, n_cpu_moe))
-        for left_gib in arguments.squeeze:
-            rows.add(squeeze(state, model, left_gib))
+                rows.add(sweep.rung(n_ctx, n_cpu_moe))
+        if arguments.squeeze:
+            with Hog() as hog:
+                for left_gib in arguments.squeeze:
+                    rows.add(sweep.squeeze(hog, left_gib))
         overheads = state / "state" / "overheads.json"
         if overheads.exists():
             print(overheads.read_text(encoding="utf-8"), flush=True)

@@ -20,7 +20,8 @@ import httpx
 
 from shimpy.names import name_from_stem
 from shimpy.units import GIB, MIB
-from tests.benchmarks.card import generate, hog, home, used_vram
+from tests.benchmarks.card import generate, home
+from tests.benchmarks.vram import Hog, used_vram
 from tests.daemon import Daemon, running_daemon
 
 _PATIENCE_S = 150.0
@@ -64,11 +65,13 @@ def main() -> int:
     path = arguments.model.absolute()
     model = str(name_from_stem(path.stem))
     with home() as state, running_daemon(state, path.parent) as daemon:
-        with hog(arguments.left):
+        with Hog() as hog:
+            hog.leave(arguments.left)
             results = [use(daemon, model), wait_placed(daemon, "experts-in-ram")]
         print("the other program has left")
         results += [wait_placed(daemon, "gpu"), use(daemon, model)]
-        with hog(_NOTHING_GIB):
+        with Hog() as hog:
+            hog.leave(_NOTHING_GIB)
             print(f"another one has all but {_NOTHING_GIB * GIB / MIB:.0f} MiB")
             results += [wait_placed(daemon, "experts-in-ram"), use(daemon, model)]
         query = {"follow": "false", "since": "1h"}

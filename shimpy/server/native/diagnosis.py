@@ -36,6 +36,7 @@ _SHOWN_SETTINGS = (
     "n_ctx",
     "n_slots",
     "kv_type",
+    "load_mode",
     "n_threads",
     "max_queue",
     "max_body",
