@@ -44,9 +44,10 @@ class Mailbox:
     def put(self, mail: Mail) -> None:
         """Add what the worker sent."""
         self._mail.append(mail)
-        self.is_answered = self.is_answered or not isinstance(mail, Delta | Prefilled)
         if isinstance(mail, Delta):
             self._unread_bytes += _size(mail)
+        elif not isinstance(mail, Prefilled):
+            self.is_answered = True
         self._arrived.set()
 
     def close(self, error: BaseException) -> None:
@@ -65,16 +66,20 @@ class Mailbox:
         first = self._mail.popleft()
         if not isinstance(first, Delta):
             return first
+        if not self._mail:
+            self._unread_bytes = 0
+            return first
         deltas = [first]
         while self._mail and isinstance(self._mail[0], Delta):
             deltas.append(self._mail.popleft())  # type: ignore[arg-type]
-        self._unread_bytes -= sum(_size(delta) for delta in deltas)
+        self._unread_bytes -= sum(map(_size, deltas))
         return first if len(deltas) == 1 else _join(deltas)
 
 
 def _size(delta: Delta) -> int:
     # UTF-8 takes up to four bytes a character; so does Python's own storage.
-    return _DELTA_BYTES + 4 * len(delta.text) + sum(_logprob_size(lp) for lp in delta.logprobs)
+    n_bytes = _DELTA_BYTES + 4 * len(delta.text)
+    return n_bytes + sum(map(_logprob_size, delta.logprobs)) if delta.logprobs else n_bytes
 
 
 def _logprob_size(logprob: TokenLogprob) -> int:

@@ -152,15 +152,16 @@ class _Answer:
 
     def take(self, delta: Delta) -> list[Event]:
         """Return what is certain after more text."""
-        self._logprobs += delta.logprobs
-        parsed: list[OutputEvent]
-        if self._parser is not None:
-            parsed = self._parser.push(delta.text)
-        else:
-            parsed = [chat.ContentDelta(delta.text)] if delta.text or delta.logprobs else []
         self._n_new += delta.n_tokens
+        if self._parser is None:
+            if not delta.text and not delta.logprobs:
+                return []
+            n_tokens, self._n_new = self._n_new, 0
+            logprobs = tuple(delta.logprobs)
+            return [ContentDelta(text=delta.text, logprobs=logprobs, n_tokens=n_tokens)]
+        self._logprobs += delta.logprobs
         self._n_held += delta.n_tokens
-        return self._events(parsed)
+        return self._events(self._parser.push(delta.text))
 
     def finish(self) -> list[Event]:
         """Return what the parser held back."""

@@ -69,7 +69,7 @@ async def opcodes_per_token(n_streams: int) -> float:
     return opcodes.n / (N_STEPS * n_streams)
 
 
-@pytest.mark.parametrize(("n_streams", "limit"), [(1, 784 * 1.2), (8, 676 * 1.2)])
+@pytest.mark.parametrize(("n_streams", "limit"), [(1, 556 * 1.2), (8, 448 * 1.2)])
 async def test_a_token_costs_few_instructions(n_streams: int, limit: float) -> None:
     """Measured with Python 3.11, and a fifth: who adds work to each token should know it."""
     cost = await opcodes_per_token(n_streams)
