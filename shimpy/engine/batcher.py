@@ -118,7 +118,9 @@ class Batcher:
         # one gave some.
         was_read, self._is_read = self._is_read, any(chunk.wants_logits for chunk in batch.chunks)
         if batch.n_prefill and was_read and self._is_read:
-            self._pace.on_batch(batch.n_prefill, elapsed_s)
+            starts = [chunk.start for chunk in batch.chunks if len(chunk.tokens) > 1]
+            depth = max(starts, default=0)
+            self._pace.on_batch(batch.n_prefill, elapsed_s, depth=depth)
         grow = self._slots.cells.grow
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
             n = len(chunk.tokens)

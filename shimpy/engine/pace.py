@@ -32,6 +32,8 @@ _LEAST: Final = 48
 # slower batch, and is forgotten after this many batches of other sizes.
 _FALLING: Final = 1.05
 _KEPT: Final = 200
+# So many tokens make little difference.
+_SHALLOW: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class _Known:
 
     n_tokens: int
     seconds: float
+    # Of the last batch of that size: where in its prompts it began.
+    depth: int
     # The number of the last batch of that size.
     last: int
 
@@ -52,18 +56,23 @@ class Pace:
         # By the power of two that is nearest to their number of tokens.
         self._known: dict[int, _Known] = {}
         self._n_batches = 0
+        self._depth = 0
         self.chunk = min(MIN_CHUNK, n_most)
 
-    def on_batch(self, n_prefill: int, elapsed_s: float) -> None:
-        """Learn how long a batch with this many prefill tokens took."""
+    def on_batch(self, n_prefill: int, elapsed_s: float, *, depth: int = 0) -> None:
+        """Learn how long a batch with this many prefill tokens took.
+
+        `depth`: the most tokens of a prompt that were computed before.
+        """
         if n_prefill < _LEAST:
             return
         self._n_batches += 1
         size = round(math.log2(n_prefill))
         old = self._known.get(size)
-        new = _Known(n_prefill, elapsed_s, self._n_batches)
+        new = _Known(n_prefill, elapsed_s, depth, self._n_batches)
         if old is not None and elapsed_s * old.n_tokens > _FALLING * old.seconds * n_prefill:
-            new = replace(old, seconds=_FALLING * old.seconds, last=self._n_batches)
+            new = replace(new, n_tokens=old.n_tokens, seconds=_FALLING * old.seconds)
+        self._depth = depth
         self._known[size] = new
         oldest = self._n_batches - _KEPT
         self._known = {n: known for n, known in sorted(self._known.items()) if known.last > oldest}
@@ -90,8 +99,13 @@ class Pace:
         return size
 
     def _expected_s(self, n_tokens: int) -> float:
-        """Return how long a batch should take: on the line between what is known around it."""
-        known = list(self._known.values())
+        """Return how long a batch should take: on the line between what is known around it.
+
+        Attention takes the longer the deeper: what a batch took near the beginning of a prompt
+        says nothing deep inside of one.
+        """
+        least = self._depth / 2 - _SHALLOW
+        known = [one for one in self._known.values() if one.depth >= least]
         if len(known) == 1:
             # Nothing tells what a batch costs by itself.
             return known[0].seconds * n_tokens / known[0].n_tokens

@@ -45,6 +45,21 @@ def test_where_a_batch_costs_much_by_itself_shrinking_saves_too_little() -> None
     assert LEAST_CHUNK not in sizes[4:]
 
 
+def test_what_a_batch_took_at_a_prompts_beginning_says_nothing_deep_inside() -> None:
+    """Two cores and a 200M model: 256 tokens of short prompts, then a long one."""
+    pace = Pace(512)
+    for _ in range(4):
+        pace.on_batch(256, 0.37)
+    depth = 0
+    while depth < 1500:
+        n = pace.chunk
+        assert n <= MIN_CHUNK
+        seconds = n * (0.0013 + 0.0000009 * depth)
+        assert seconds < 0.3
+        pace.on_batch(n, seconds, depth=depth)
+        depth += n
+
+
 def test_after_a_long_prompt_they_are_as_before() -> None:
     """Each chunk is slower than the one before it, until the next prompt begins."""
     pace = Pace(512)
