@@ -20,7 +20,7 @@ from shimpy.placement.measured import Spot, spot_of
 from shimpy.placement.placement import CpuMoe, Placement, Plan, PlanOptions, Rung
 from shimpy.placement.reasons import describe_layout, missing_bytes
 from shimpy.placement.search import PLAIN_KV
-from shimpy.scheduler.policy import GPU_MODE_THREADS
+from shimpy.scheduler.policy import most_threads
 
 # Plans the model in question.
 ModelPlanner = Callable[[Hardware, PlanOptions], Plan]
@@ -114,7 +114,7 @@ def select_candidates(
         candidates += [
             replace(base, label=label, rung=rung) for label, rung in planned if rung.fits
         ]
-        candidates += _fewer_threads(base, wanted)
+        candidates += _other_threads(base, hardware.host.n_cores, wanted)
     return Selection(candidates=tuple(candidates), left_out=tuple(left_out))
 
 
@@ -191,8 +191,7 @@ def _candidate(shape: ModelShape, hardware: Hardware, rung: Rung, wanted: Wanted
     if placement.kv_type != KV_TYPE:
         label += f", KV cache {placement.kv_type}"
     n_cores = hardware.host.n_cores
-    usual = min(GPU_MODE_THREADS, n_cores) if placement.mode == "gpu" else n_cores
-    usual = wanted.usual_threads or usual
+    usual = wanted.usual_threads or most_threads(shape, placement, n_cores)
     n_threads = wanted.n_threads or usual
     return Candidate(label=label, rung=rung, n_threads=n_threads, is_usual=n_threads == usual)
 
@@ -225,13 +224,15 @@ def _cpu_variants(
                 yield f"micro-batch {n_ubatch}", replace(same, n_ubatch=n_ubatch)
 
 
-def _fewer_threads(base: Candidate, wanted: Wanted) -> Iterator[Candidate]:
-    """Yield fewer threads, which may do as well: half of them; if all is wanted, each halving."""
-    n_threads = base.n_threads // 2
-    while n_threads >= 1 and wanted.n_threads is None:
-        label = _threads_text(n_threads)
-        yield replace(base, label=label, n_threads=n_threads, is_usual=False)
-        n_threads = n_threads // 2 if wanted.every else 0
+def _other_threads(base: Candidate, n_cores: int, wanted: Wanted) -> Iterator[Candidate]:
+    """Yield half the threads (if all is wanted, each halving), and all where that is more."""
+    if wanted.n_threads is not None:
+        return
+    halves = [base.n_threads >> i for i in range(1, base.n_threads.bit_length())]
+    for n_threads in (*halves[: None if wanted.every else 1], n_cores):
+        if n_threads != base.n_threads:
+            label = _threads_text(n_threads)
+            yield replace(base, label=label, n_threads=n_threads, is_usual=False)
 
 
 def _attention_text(*, is_flash: bool) -> str:

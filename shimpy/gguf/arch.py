@@ -150,6 +150,13 @@ class ModelShape:
         return sum(layer.expert_bytes for layer in self.layers)
 
     @property
+    def active_bytes(self) -> int:
+        """Bytes of the weights that one token is computed with."""
+        dense_bytes = sum(layer.dense_bytes for layer in self.layers) + self.output_bytes
+        share = self.n_expert_used / self.n_expert if self.n_expert else 0.0
+        return dense_bytes + int(self.expert_bytes * share)
+
+    @property
     def n_expert_tensors(self) -> int:
         """Number of all expert tensors."""
         return sum(layer.n_expert_tensors for layer in self.layers)

@@ -205,6 +205,9 @@ class Books:
         self, queue: ModelQueue, model: Model, rung: Rung, purpose: Purpose, now: float
     ) -> Resident:
         self._last_worker += 1
+        shape = model.shape
+        assert shape is not None, "broken models are rejected on arrival"
+        n_threads = policy.most_threads(shape, rung.placement, self.n_cores)
         resident = Resident(
             worker=WorkerId(self._last_worker),
             model=model,
@@ -212,7 +215,7 @@ class Books:
             rung=rung,
             lower_rungs=(),
             keep_alive_s=self.limits.keep_alive_s,
-            n_threads=self.limits.n_threads or self.n_cores,
+            n_threads=self.limits.n_threads or n_threads,
             started_s=now,
             is_pinned=self.is_pinned(queue.key),
         )

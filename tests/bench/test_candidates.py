@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -104,6 +105,13 @@ def test_a_cpu_with_flash_attention_tries_to_do_without() -> None:
     assert labels[2:] == [
         "micro-batch 128", "micro-batch 2048", "4 threads", "2 threads", "1 thread",
     ]  # fmt: skip
+
+
+def test_a_small_model_is_tried_with_all_cores_too() -> None:
+    small = replace(model(n_layer=1, dense_mib=8, n_expert=0), output_bytes=0)
+    candidates = select(small, machine()).candidates
+    assert candidates[0].label.startswith("1 thread, ")
+    assert (candidates[-1].label, candidates[-1].is_usual) == ("8 threads", False)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,12 @@ from shimpy.errors import (
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Plan, PlanOptions
+from shimpy.placement.planner import plan_model
 from shimpy.scheduler.books import Limits
-from shimpy.scheduler.policy import PATIENCE_S
+from shimpy.scheduler.policy import PATIENCE_S, most_threads
 from shimpy.scheduler.states import Phase
+from tests.placement.machines import machine
+from tests.placement.machines import model as placement_model
 from tests.scheduler.simulation import ABORTED, OUT_OF_MEMORY, Simulation
 from tests.scheduler.support import make_hardware, make_model, make_shape, plan
 
@@ -741,6 +744,24 @@ def test_a_model_on_the_gpu_takes_none_of_them() -> None:
     assert cpu is not None
     sim.request(B)
     assert (sim.threads[gpu], sim.threads[cpu]) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("mib", "on_gpu", "is_embedding", "expected"),
+    [(8, False, False, 1), (40, False, False, 2), (4000, False, False, 6),
+     (4000, True, False, 4), (8, False, True, 6)],
+)  # fmt: skip
+def test_a_small_model_gets_no_more_threads_than_it_has_work_for(
+    mib: int, on_gpu: bool, is_embedding: bool, expected: int
+) -> None:
+    shape = replace(
+        placement_model(n_layer=1, dense_mib=mib, n_expert=0),
+        output_bytes=0,
+        is_embedding=is_embedding,
+    )
+    plan = plan_model(shape, machine(24) if on_gpu else machine())
+    assert plan.chosen is not None
+    assert most_threads(shape, plan.chosen.placement, 6) == expected
 
 
 def test_a_fixed_number_of_threads_is_kept() -> None:
