@@ -170,6 +170,11 @@ class Scheduler:
         self._spare.want(uses_gpu=bool(hardware.gpus))
         self._look_for_quiet()
 
+    def foresee(self, model: Model) -> None:
+        """Have a worker process start now if a request that is to come has to load its model."""
+        if all(resident.model.name != model.name for resident in self._core.residents.values()):
+            self._spare.hurry()
+
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests, let leases end for `timeout_s`, then stop every worker.
 

@@ -66,6 +66,7 @@ async def run_generation(
 
 async def prepare_request(services: Services, model: Model, request: GenerationRequest) -> Prepared:
     """Return what the worker is told; errors as `prompts.prepare`."""
+    services.scheduler.foresee(model)
     card = await services.cards.get(model)
     asked, now = with_settings(request, model), datetime.now().astimezone()
     if is_short(asked):

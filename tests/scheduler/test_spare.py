@@ -60,6 +60,18 @@ async def test_a_load_that_finds_none_starts_its_own(workshop: Workshop) -> None
         assert await spare_of(workshop, scheduler) != pid_of(scheduler)
 
 
+async def test_a_load_that_is_foreseen_finds_one(workshop: Workshop) -> None:
+    model = workshop.model("a")
+    async with workshop.scheduler() as scheduler:
+        scheduler.foresee(model)
+        await wait_until(lambda: scheduler.spare_pid is not None)
+        spare = scheduler.spare_pid
+        await use(scheduler, model)
+        assert pid_of(scheduler) == spare
+        scheduler.foresee(model)
+        assert not scheduler.has_spare
+
+
 async def test_it_may_be_taken_before_it_has_said_hello(workshop: Workshop) -> None:
     async with workshop.scheduler() as scheduler:
         scheduler.prepare(workshop.hardware)
