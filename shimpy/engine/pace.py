@@ -33,7 +33,7 @@ _LEAST: Final = 48
 _FALLING: Final = 1.05
 _KEPT: Final = 200
 # So many tokens make little difference.
-_SHALLOW: Final = 256
+_SHALLOW: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
