@@ -74,7 +74,9 @@ def test_a_daemons_models_are_unloaded_and_it_plans_with_what_was_measured(
     assert sum(line.startswith("*") for line in lines) == 2
     assert any("1 thread, plain attention, micro-batch 512" in line for line in lines)
     measurements = json.loads(data.read_text())["measurements"]
-    assert [m["n_threads"] for m in measurements] == [1, 1, 1]
+    threads = [m["n_threads"] for m in measurements]
+    assert threads[:3] == [1, 1, 1]
+    assert set(threads[3:]) <= {os.cpu_count()}
     assert all(m["decode_per_s"]["median"] > 0 for m in measurements)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "3 speeds are kept in" in done.stderr

@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import psutil
 BOOT_TIMEOUT_S = 30.0
 _SCRIPT = Path(__file__).with_suffix(".sh")
 _SYSTEMD = Path("/lib/systemd/systemd")
+# Of which a unit with PrivateTmp= has its own.
+_PRIVATE = ("/tmp", "/var/tmp")  # noqa: S108 - nothing is written there
 _NAMESPACES = ("--pid", "--mount", "--uts", "--ipc", "--cgroup", "--net")
 
 
@@ -54,6 +57,8 @@ def missing() -> str | None:
         return "only root boots a systemd"
     if not _SYSTEMD.exists():
         return "there is no systemd"
+    if any(Path(sys.executable).is_relative_to(folder) for folder in _PRIVATE):
+        return "the unit has a /tmp of its own, without this interpreter"
     if _cgroup_root() is None:
         return "there is no cgroup2"
     tried = subprocess.run(

@@ -36,8 +36,6 @@ for unit in systemd-sysctl systemd-modules-load systemd-remount-fs systemd-updat
 done
 printf '[Unit]\nRequires=basic.target dbus.service\nAfter=basic.target dbus.service\n' \
     >etc/systemd/system/shimpy-test.target
-# The checkout may be in /tmp, which booting would empty.
-ln -sf /dev/null etc/tmpfiles.d/tmp.conf
 mkdir old
 pivot_root . old
 umount -l old
