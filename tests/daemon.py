@@ -8,11 +8,14 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 READY_TIMEOUT_S = 30.0
+# Between looks at whether it still lives.
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,16 @@ class Daemon:
         )
 
 
+def _first_state(ready: socket.socket, process: subprocess.Popen[bytes], log: Path) -> str:
+    """Return what the daemon notifies first; fail as soon as it has ended."""
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(TimeoutError):
+            return ready.recv(4096).decode()
+        assert process.poll() is None, log.read_text(errors="replace")
+    raise AssertionError(log.read_text(errors="replace"))
+
+
 @contextlib.contextmanager
 def running_daemon(
     home: Path,
@@ -73,7 +86,7 @@ def running_daemon(
         address = home / "notify"
         address.unlink(missing_ok=True)
         ready.bind(str(address))
-        ready.settimeout(READY_TIMEOUT_S)
+        ready.settimeout(_LOOK_S)
         process = subprocess.Popen(
             [sys.executable, "-m", module, "serve", *bind, *folders, *flags],
             env={**env, "NOTIFY_SOCKET": str(address)},
@@ -82,7 +95,7 @@ def running_daemon(
             stderr=output,
         )
         try:
-            state = ready.recv(4096).decode()
+            state = _first_state(ready, process, log)
             url = re.search(r"(?:https?://|unix:)\S+", state)
             assert "READY=1" in state, state
             assert url is not None, state
