@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
 from shimpy.bench.results import Reading
 from shimpy.placement.cards import Card, CardSources, pci_id, probe_cards
 from shimpy.placement.hardware import Gpu
+from shimpy.placement.usage import read_cards
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +71,13 @@ class Readings:
         """Return the bytes that each process holds on the cards, by NVML; empty: unknown."""
         if not self.gpus:
             return {}
-        # NVML raises an error of its own for each thing that may be missing.
         wanted = {pci_id(gpu.device_id) for gpu in self.gpus}
-        try:
-            return _nvml_processes(self.sources.nvml(), wanted)
-        except Exception:  # noqa: BLE001 -- without NVML it is just not known
-            return {}
+        held: Counter[int] = Counter()
+        for address, use in read_cards(self.sources).items():
+            if address in wanted:
+                held.update(use.processes)
+        return dict(held)
 
 
 def _used_bytes(card: Card) -> int:
     return card.total_bytes - (card.free_bytes or 0)
-
-
-def _nvml_processes(nvml: Any, wanted: set[str]) -> dict[int, int]:
-    held: dict[int, int] = {}
-    for index in range(nvml.nvmlDeviceGetCount()):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        bus = nvml.nvmlDeviceGetPciInfo(handle).busId
-        if pci_id(bus.decode() if isinstance(bus, bytes) else bus) not in wanted:
-            continue
-        for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            # None under some drivers that keep it to themselves (WDDM, MIG without rights).
-            if process.usedGpuMemory is not None:
-                held[process.pid] = held.get(process.pid, 0) + int(process.usedGpuMemory)
-    return held

@@ -42,7 +42,7 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
         _, free, total = self.cards[handle]
-        return SimpleNamespace(free=free, total=total)
+        return SimpleNamespace(free=free, total=total, used=total - free)
 
     def nvmlDeviceGetName(self, handle: int) -> bytes:  # noqa: N802
         return f"NVIDIA {handle}".encode()
