@@ -2,9 +2,11 @@
 
     python -m tests.benchmarks.card MODEL [--rounds N] [--peer llama-server]
 
-Aggregate tok/s and mean time to the first token at 1, 4 and 16 streams, over HTTP; tables on
-stdout and, with --json FILE, JSON. The daemon is a real one on a free port; everything is bounded
-in time. tests.benchmarks.memory measures what placements take.
+Aggregate tok/s and mean time to the first token at 1, 4 and 16 streams of prompts of 512 tokens,
+over HTTP. Both have the model loaded at once and are asked in turn, in as many rounds as wanted;
+a ratio is the median of the rounds' own. Tables on stdout and, with --json FILE, JSON. The daemon
+is a real one on a free port; everything is bounded in time. tests.benchmarks.memory measures what
+placements take.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,23 +100,60 @@ def random_prompts(n: int, seed: int, n_vocab: int = 100_000) -> list[list[int]]
     return [[rng.randrange(1000, n_vocab) for _ in range(N_PROMPT)] for _ in range(n)]
 
 
-def speed_of(url: str, model: str, rounds: int, label: str) -> list[Any]:
-    """Print and return the medians over the rounds for each number of streams."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One contender's figures at so many streams; a list has one for each round."""
+
+    who: str
+    placement: str
+    n_streams: int
+    tok_per_s: list[float]
+    first_s: list[float]
+
+
+def take_turns(urls: dict[str, str], model: str, rounds: int, placement: str) -> list[Measured]:
+    """Have all of them work on the same prompts, in turn; return the figures of each."""
+    make_body = completion_body(model)
+    for url in urls.values():
+        # Work of each size before it counts: kernels are loaded, and paces learnt.
+        for n in STREAMS:
+            asyncio.run(run_streams(url, [make_body(p) for p in random_prompts(n, n)]))
     rows = []
-    url, make_body = f"{url}/completion", completion_body(model)
-    asyncio.run(run_streams(url, [make_body(p) for p in random_prompts(2, 0)]))
     for n in STREAMS:
-        results = [
-            asyncio.run(
-                run_streams(url, [make_body(p) for p in random_prompts(n, 100 * (r + 1) + n)])
-            )
-            for r in range(rounds)
-        ]
-        rate = statistics.median(r for r, _ in results)
-        first = statistics.median(f for _, f in results)
-        rows.append((label, n, rate, first))
-        print(f"{label:40} {n:2} streams: {rate:7.1f} tok/s, first text {first * 1000:7.0f} ms")
+        of_n = {who: Measured(who, placement, n, [], []) for who in urls}
+        for number in range(rounds):
+            # No prompt is asked for twice: a cached one would not be computed.
+            bodies = [make_body(p) for p in random_prompts(n, 100 * (number + 1) + n)]
+            for who in sorted(urls, reverse=bool(number % 2)):
+                rate, first_s = asyncio.run(run_streams(urls[who], bodies))
+                of_n[who].tok_per_s.append(rate)
+                of_n[who].first_s.append(first_s)
+        rows += of_n.values()
+        _show(list(of_n.values()))
     return rows
+
+
+def _show(rows: list[Measured]) -> None:
+    """Print what was measured at one number of streams; the first row is the one compared."""
+    first = rows[0]
+    for row in rows:
+        rate, first_ms = statistics.median(row.tok_per_s), statistics.median(row.first_s) * 1000
+        by = ""
+        if row is not first:
+            by = (
+                f"; {first.who} by it: {median_ratio(first.tok_per_s, row.tok_per_s):.2f} tok/s, "
+                f"{median_ratio(first.first_s, row.first_s):.2f} first text"
+            )
+        print(
+            f"{row.placement}, {row.n_streams:2} streams, {row.who:12} {rate:7.1f} tok/s, "
+            f"first text {first_ms:7.0f} ms{by}",
+            flush=True,
+        )
+
+
+def median_ratio(ones: list[float], others: list[float]) -> float:
+    """Return the median of the rounds' own ratios."""
+    return statistics.median(one / other for one, other in zip(ones, others, strict=True))
 
 
 def completion_body(model: str) -> Any:
@@ -127,7 +167,6 @@ def completion_body(model: str) -> Any:
             "temperature": 0,
             "stream": True,
             "ignore_eos": True,
-            "cache_prompt": False,
         }
 
     return make
@@ -140,8 +179,7 @@ def peer(binary: str, path: Path, *flags: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [binary, "-m", str(path), "--port", str(port), "-ngl", "99", "-c", "16384"]
-    command += ["-np", "16", "-fa", "on", "-t", "16", "--no-webui", "--cache-ram", "0"]
-    command += ["--fit", "off", *flags]
+    command += ["-np", "16", "-t", "16", "--no-webui", *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -157,20 +195,23 @@ def peer(binary: str, path: Path, *flags: str) -> Iterator[str]:
         process.wait(30)
 
 
-def measure_speed(folder: Path, model: str, path: Path, binary: str | None, rounds: int) -> Any:
+def measure_speed(path: Path, model: str, binary: str | None, rounds: int) -> list[Measured]:
     """Return the speeds of shimpy and of llama-server, all on the GPU and experts in RAM."""
     rows = []
-    for label, moe, flags in (
+    for placement, moe, flags in (
         ("all on GPU", ("--cpu-moe", "off"), ()),
         ("experts in RAM", ("--cpu-moe", "on"), ("-cmoe",)),
     ):
         options = ("--n-ctx", "16384", "--n-slots", "16", *moe)
-        with home() as state, running_daemon(state, folder, *options, threads=None) as daemon:
+        with contextlib.ExitStack() as stack:
+            state = stack.enter_context(home())
+            daemon = stack.enter_context(running_daemon(state, path.parent, *options, threads=None))
             generate(daemon, model)
-            rows += speed_of(daemon.url, model, rounds, f"shimpy, {label}")
-        if binary:
-            with peer(binary, path, *flags) as url:
-                rows += speed_of(url, model, rounds, f"llama-server, {label}")
+            urls = {"shimpy": f"{daemon.url}/completion"}
+            if binary:
+                url = stack.enter_context(peer(binary, path, *flags))
+                urls["llama-server"] = f"{url}/completion"
+            rows += take_turns(urls, model, rounds, placement)
     return rows
 
 
@@ -187,7 +228,8 @@ def main() -> None:
     path = arguments.model.absolute()
     model = str(name_from_stem(path.stem))
     results: dict[str, Any] = {"model": model, "free_gib": used_vram() / GIB}
-    results["speed"] = measure_speed(path.parent, model, path, arguments.peer, arguments.rounds)
+    rows = measure_speed(path, model, arguments.peer, arguments.rounds)
+    results["speed"] = [asdict(row) for row in rows]
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
