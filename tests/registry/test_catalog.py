@@ -7,8 +7,8 @@ import pytest
 from shimpy.chat.gotemplate import GoTemplate, is_go_template
 from shimpy.errors import NotFoundError, RegistryError, UnsupportedError
 from shimpy.names import ModelName, parse_model_name
+from shimpy.parameters import check_parameters
 from shimpy.registry.catalog import Catalog, CatalogFile, load_catalog
-from shimpy.server.ollama.options import check_parameters
 
 CATALOG = load_catalog()
 

@@ -11,6 +11,7 @@ import msgspec
 
 from shimpy.chat.messages import ChatMessage, ToolSpec
 from shimpy.errors import InvalidOptionError
+from shimpy.parameters import check_number, check_stop
 from shimpy.server.anthropic.messages import parse_conversation
 from shimpy.server.anthropic.wire import (
     FormatBody,
@@ -22,7 +23,7 @@ from shimpy.server.anthropic.wire import (
 from shimpy.server.ollama.options import parse_options
 from shimpy.server.ollama.requests import parse_model
 from shimpy.server.ollama.wire import parse_keep_alive
-from shimpy.server.options import Options, check_number, check_stop
+from shimpy.server.options import Options
 from shimpy.server.requests import (
     ChatPrompt,
     GenerationRequest,

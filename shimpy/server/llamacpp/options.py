@@ -9,10 +9,11 @@ import math
 from typing import Any
 
 from shimpy.errors import InvalidOptionError
+from shimpy.parameters import check_number, check_stop
 from shimpy.protocol.messages import Sampling
 from shimpy.server.llamacpp.wire import CompletionBody
 from shimpy.server.ollama.options import parse_options
-from shimpy.server.options import Options, Sampled, check_number, check_stop
+from shimpy.server.options import Options, Sampled
 
 _NUMBERS = tuple(name for name in Sampled.__struct_fields__ if name != "ignore_eos")
 # Those that the worker's sampler knows, too.

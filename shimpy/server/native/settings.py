@@ -9,8 +9,8 @@ import msgspec
 
 from shimpy.errors import InvalidNameError, InvalidOptionError
 from shimpy.names import parse_model_name
+from shimpy.parameters import PARAMETER_NAMES, check_parameters
 from shimpy.registry.settings import CpuMoe, ModelSettings, Turn
-from shimpy.server.ollama.options import OPTION_NAMES, check_parameters
 from shimpy.units import FOREVER_S
 from shimpy.values import parse_keep_alive
 
@@ -43,7 +43,7 @@ def changed(
     fields: dict[str, Any] = {}
     for key, value in given.items():
         name = _key(key)
-        if name in OPTION_NAMES:
+        if name in PARAMETER_NAMES:
             parameters |= check_parameters({name: [value] if _is_one_stop(name, value) else value})
         else:
             fields[_OWN_NAMES.get(name, name)] = _PARSERS[name](name, value)
@@ -52,10 +52,10 @@ def changed(
 
 def _key(key: str) -> str:
     name = _ALIASES.get(key.lower(), key.lower())
-    if name not in OPTION_NAMES and name not in _FIELDS:
+    if name not in PARAMETER_NAMES and name not in _FIELDS:
         raise InvalidOptionError(
             f"there is no setting {key!r}; there are {', '.join(_FIELDS)}, and the parameters "
-            f"{', '.join(sorted(OPTION_NAMES))}",
+            f"{', '.join(sorted(PARAMETER_NAMES))}",
             option=key,
         )
     return name

@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from shimpy.errors import DiskFullError, UnsupportedError, UserError
+from shimpy.parameters import check_parameters
 from shimpy.registry.blobs import BlobWriter
 from shimpy.registry.manifest import Manifest, parse_digest
 from shimpy.registry.model import Model
@@ -28,7 +29,6 @@ from shimpy.server.library import (
     manifest_of_blobs,
     remove_model,
 )
-from shimpy.server.ollama.options import check_parameters
 from shimpy.server.ollama.requests import parse_model
 from shimpy.server.record import Record, record_of
 from shimpy.server.services import Services, services_of

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from shimpy.chat.messages import ChatMessage, Role, ToolCall, ToolSpec
 from shimpy.errors import InvalidOptionError, UserError
+from shimpy.parameters import check_number
 from shimpy.server.embedding import EmbeddingRequest
 from shimpy.server.ollama.options import parse_options
 from shimpy.server.ollama.wire import (
@@ -21,7 +22,7 @@ from shimpy.server.ollama.wire import (
     ToolBody,
     parse_keep_alive,
 )
-from shimpy.server.options import Options, check_number
+from shimpy.server.options import Options
 from shimpy.server.requests import (
     ChatPrompt,
     GapPrompt,

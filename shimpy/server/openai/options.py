@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from shimpy.errors import InvalidOptionError
+from shimpy.parameters import check_logit_bias, check_number, check_stop
 from shimpy.server.ollama.options import parse_options
 from shimpy.server.openai.wire import SamplingBody
-from shimpy.server.options import Options, check_logit_bias, check_number, check_stop
+from shimpy.server.options import Options
 from shimpy.server.requests import Think, ThinkLevel
 
 _NUMBERS = (
