@@ -112,9 +112,14 @@ class Client:
         """Yield the chunks of /api/chat as they come."""
         return self._stream("/api/chat", request)
 
-    def load(self, model: str, keep_alive: float | str | None = None) -> None:
-        """Load a model, and keep it for `keep_alive`."""
-        request: dict[str, Any] = {"model": model}
+    def load(
+        self,
+        model: str,
+        keep_alive: float | str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Load a model as `options` want it (num_ctx, num_gpu), and keep it for `keep_alive`."""
+        request: dict[str, Any] = {"model": model, "options": options or {}}
         if keep_alive is not None:
             request["keep_alive"] = keep_alive
         self._call("POST", "/api/generate", request)

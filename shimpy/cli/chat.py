@@ -40,8 +40,9 @@ class Chat:
         """Load the model, then read, answer, and read again until /bye or Ctrl-D."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - importing it gives input() history and editing
-        with waiting(f"loading {self._request['model']}"):
-            self._client.load(self._request["model"], self._request.get("keep_alive"))
+        request = self._request
+        with waiting(f"loading {request['model']}"):
+            self._client.load(request["model"], request.get("keep_alive"), request["options"])
         click.secho("Send a message (/? for help)", err=True, dim=True)
         while True:
             try:

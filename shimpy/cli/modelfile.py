@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from shimpy.errors import UserError
+from shimpy.errors import InvalidOptionError, UserError
+from shimpy.parameters import add_typed
 
 _COMMANDS: Final = ("FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE")
 _LINE: Final = re.compile(r"[ \t]*(?P<command>[A-Za-z]+)[ \t]+(?P<rest>[^\n]*)(?:\n|\Z)")
@@ -50,7 +51,8 @@ def parse_modelfile(text: str) -> Modelfile:
     """Return the parts of a Modelfile.
 
     Raises:
-        UserError: a line that is none, or no FROM; the message has its number.
+        UserError: a line that is none, a parameter that can't be, or no FROM; the message has
+            its number.
     """
     result = Modelfile()
     text = text.replace("\r\n", "\n").removeprefix("\ufeff")
@@ -109,10 +111,8 @@ def _take(result: Modelfile, command: str, head: str, value: str, number: int) -
     match command:
         case "FROM":
             result.sources.append(value)
-        case "PARAMETER" if head.lower() == "stop":
-            result.parameters.setdefault("stop", []).append(_unescaped(value))
         case "PARAMETER":
-            result.parameters[head.lower()] = _parsed(value)
+            _set_parameter(result, head.lower(), value, number)
         case "TEMPLATE":
             result.template = value
         case "SYSTEM":
@@ -129,11 +129,11 @@ def _take(result: Modelfile, command: str, head: str, value: str, number: int) -
             raise UserError(f"Modelfile, line {number}: LoRA adapters are not supported")
 
 
-def _parsed(value: str) -> Any:
+def _set_parameter(result: Modelfile, name: str, value: str, number: int) -> None:
     try:
-        return json.loads(value)
-    except ValueError:
-        return value
+        add_typed(result.parameters, name, _unescaped(value) if name == "stop" else value)
+    except InvalidOptionError as error:
+        raise InvalidOptionError(f"Modelfile, line {number}: {error.message}") from None
 
 
 def _unescaped(value: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,24 @@ import click
 
 if TYPE_CHECKING:
     from shimpy.client import Client
+
+
+def _parse_keep_alive(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> float | None:
+    """Return seconds; -1 for ever."""
+    import math
+
+    from shimpy.errors import InvalidOptionError
+    from shimpy.values import parse_keep_alive
+
+    if value is None:
+        return None
+    try:
+        seconds = parse_keep_alive(value)
+    except InvalidOptionError as error:
+        raise click.BadParameter(error.message) from None
+    return -1.0 if math.isinf(seconds) else seconds
 
 
 @click.command(name="run")
@@ -25,14 +43,19 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="temperature=0, ..."
 )
-@click.option("--keepalive", metavar="TIME", help="How long the model stays loaded afterwards.")
+@click.option(
+    "--keepalive",
+    callback=_parse_keep_alive,
+    metavar="TIME",
+    help="How long the model stays loaded afterwards: 10m, 0, or -1 for ever.",
+)
 @click.option("--verbose", is_flag=True, help="Print the timings after the answer.")
 def command(
     model: str,
     prompt: tuple[str, ...],
     output_format: str | None,
     options: tuple[str, ...],
-    keepalive: str | None,
+    keepalive: float | None,
     **flags: Any,
 ) -> None:
     """Run MODEL on PROMPT, on standard input, or in a chat when there is neither.
@@ -92,29 +115,21 @@ def _chat(client: Client, request: dict[str, Any], *, hide_thinking: bool) -> No
     Chat(client, dict(request), hide_thinking=hide_thinking).run()
 
 
-def parse_options(pairs: tuple[str, ...] | list[str]) -> dict[str, Any]:
-    """Return the options in "name=value" pairs; values are JSON, or else plain text.
+def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """Return the options in "name=value" pairs.
 
     Raises:
-        InvalidOptionError: a pair has no '='.
+        InvalidOptionError: a pair has no '=', there is no such option, or it can't have the value.
     """
-    import json
-
     from shimpy.errors import InvalidOptionError
+    from shimpy.parameters import add_typed
 
     options: dict[str, Any] = {}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
+        name, equals, text = pair.partition("=")
         if not equals or not name:
             raise InvalidOptionError(f"{pair!r} is not an option; write it like temperature=0.2")
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
-        if name == "stop":
-            options.setdefault("stop", []).append(value)
-        else:
-            options[name] = parsed
+        add_typed(options, name, text)
     return options
 
 

@@ -97,17 +97,43 @@ def test_bare_cpu_moe_means_on() -> None:
         assert command.make_context("serve", list(args)).params["cpu_moe"] == expected
 
 
-def test_options_are_json_or_text() -> None:
-    pairs = ["temperature=0.5", "seed=7", "stop=a", "stop=b", "name=x y", "flag=true"]
-    assert parse_options(pairs) == {
+def test_options_are_read_as_their_types() -> None:
+    pairs = ["temperature=.5", "seed=7", "stop=12", "stop=b c", "numa=true"]
+    assert parse_options([*pairs, 'logit_bias={"7": -1}']) == {
         "temperature": 0.5,
         "seed": 7,
-        "stop": ["a", "b"],
-        "name": "x y",
-        "flag": True,
+        "stop": ["12", "b c"],
+        "numa": True,
+        "logit_bias": {"7": -1},
     }
-    with pytest.raises(InvalidOptionError, match=r"temperature=0\.2"):
-        parse_options(["temperature"])
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        ("temperature", r"temperature=0\.2"),
+        ("=1", r"temperature=0\.2"),
+        ("temprature=1", "unknown parameter 'temprature'; did you mean temperature\\?"),
+        ("n_ctx=4096", "did you mean num_ctx"),
+        ("bogus=1", "there are .*temperature"),
+        ("temperature=hot", "\"temperature\" must be of type float32, not 'hot'"),
+        ("temperature=", "\"temperature\" must be of type float32, not ''"),
+        ("num_ctx=8k", "\"num_ctx\" must be of type integer, not '8k'"),
+        ("num_ctx=-5", '"num_ctx" must be from 1 to 2147483647, not -5'),
+        ("numa=maybe", "\"numa\" must be of type boolean, not 'maybe'"),
+        ("logit_bias=[1]", "must be an object"),
+    ],
+)
+def test_options_that_can_not_be_are_refused(pair: str, told: str) -> None:
+    """The daemon ignores what it does not know, as Ollama does: here a typo is told."""
+    with pytest.raises(InvalidOptionError, match=told):
+        parse_options([pair])
+
+
+def test_a_bad_keepalive_is_refused_before_anything_is_asked() -> None:
+    result = CliRunner().invoke(cli, ["run", "m", "hello", "--keepalive", "soon"])
+    assert result.exit_code == 2
+    assert "--keepalive" in result.output
 
 
 def test_a_schema_that_is_no_json_is_an_error() -> None:

@@ -63,6 +63,8 @@ def test_windows_line_ends_and_no_line_end_at_last() -> None:
         ("SYSTEM x", "FROM"),
         ("FROM a\nNOPE b", "line 2: 'NOPE'"),
         ("FROM a\n\nPARAMETER top_k", "line 3"),
+        ("FROM a\nPARAMETER topk 3", "line 2: unknown parameter 'topk'; did you mean top_k"),
+        ("FROM a\nPARAMETER top_k few", "line 2: .* of type integer, not 'few'"),
         ('FROM a\nSYSTEM """x', "no end"),
         ("FROM a\nMESSAGE pirate x", "pirate"),
         ("FROM a\nADAPTER x.gguf", "adapters"),
