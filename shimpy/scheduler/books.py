@@ -150,6 +150,11 @@ class Books:
 
     # --- residents ------------------------------------------------------------------------
 
+    @property
+    def pending(self) -> list[ModelQueue]:
+        """The queues whose model waits to be placed."""
+        return [queue for queue in self.queues.values() if self.needs_placing(queue)]
+
     def needs_placing(self, queue: ModelQueue) -> bool:
         """Whether requests wait that no worker, present or stopping, is going to serve."""
         if not queue.waiting:

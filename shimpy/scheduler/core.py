@@ -19,50 +19,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
-from shimpy.errors import (
-    GgufError,
-    HeldBackError,
-    LoadError,
-    QueueFullError,
-    ShimpyError,
-    StoppingError,
-)
+from shimpy.errors import LoadError, ShimpyError, StoppingError
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Plan, PlanOptions
 from shimpy.protocol.messages import Ready
 from shimpy.registry.model import Model
-from shimpy.scheduler import policy
+from shimpy.scheduler import failures, policy, upkeep
 from shimpy.scheduler.books import Books, Limits
-from shimpy.scheduler.effects import (
-    Effect,
-    Probe,
-    Reject,
-    SetThreads,
-    StopWorker,
-    note,
-)
+from shimpy.scheduler.effects import Effect, Probe, Reject, StopWorker, note
 from shimpy.scheduler.exits import WorkerExit
 from shimpy.scheduler.ledger import Ledger
 from shimpy.scheduler.placing import Placing
 from shimpy.scheduler.replanning import Watch
-from shimpy.scheduler.states import (
-    ModelQueue,
-    Phase,
-    Request,
-    RequestId,
-    Resident,
-    Retry,
-    WorkerId,
-)
+from shimpy.scheduler.snapshots import Snapshots
+from shimpy.scheduler.states import ModelQueue, Phase, Request, RequestId, Resident, WorkerId
 from shimpy.units import format_duration
-
-# Between two looks at free memory at least so many times as long as one takes.
-_LOOK_SHARE = 50.0
 
 
 class SchedulerCore:
@@ -70,18 +45,10 @@ class SchedulerCore:
 
     def __init__(self, limits: Limits, planner: policy.Planner) -> None:
         self._books = Books(limits)
-        self._limits = limits
         self._planner = planner
         self._watch = Watch()
+        self._snapshots = Snapshots()
         self._draining = False
-        # When free memory is to be looked at again; a snapshot is wanted for that.
-        self._look_at_s = math.inf
-        self._wants_look = False
-        self._probed_s = 0.0
-        # A snapshot is on its way; it was overtaken; another one is needed after it.
-        self._probing = False
-        self._overtaken = False
-        self._wants_probe = False
 
     # --- what others may read -------------------------------------------------------------
 
@@ -98,23 +65,12 @@ class SchedulerCore:
     @property
     def next_deadline_s(self) -> float | None:
         """When on_timer is to be called next; None: not before another event."""
-        books = self._books
-        idle = [r for r in books.residents.values() if r.is_idle and not books.has_waiting(r)]
-        times = [resident.expires_s for resident in idle]
-        times += [expires_s for _, expires_s in books.expiring_moves()]
-        times += [
-            queue.blocked_since_s + policy.PATIENCE_S
-            for queue in books.queues.values()
-            if queue.blocked_since_s is not None and not queue.is_impatient
-        ]
-        if not self._wants_look:
-            times.append(self._look_at_s)
-        soonest = min(times, default=math.inf)
+        soonest = min((*upkeep.deadlines(self._books), self._snapshots.deadline_s))
         return None if math.isinf(soonest) else soonest
 
     def on_limits(self, limits: Limits) -> None:
         """Keep to other limits from now on; residents keep their own keep_alive."""
-        self._limits = self._books.limits = limits
+        self._books.limits = limits
         for resident in self._books.residents.values():
             resident.is_pinned = self._books.is_pinned(resident.key)
 
@@ -133,14 +89,15 @@ class SchedulerCore:
            a load that is decided once the hardware has been probed (on_hardware).
         """
         queue = self._books.queue_of(request)
-        refusal = self._refusal(queue, request, now)
+        refusal: ShimpyError | None = StoppingError()
+        if not self._draining:
+            refusal = failures.refusal(self._books, queue, request, now)
         if refusal is not None:
-            effects: list[Effect] = [Reject(request=request.id, error=refusal)]
-            return self._settle(effects, now)
+            return self._settle([Reject(request=request.id, error=refusal)], now)
         self._books.enqueue(queue, request)
         effects = self._books.grant_waiting(queue, now)
         if self._books.needs_placing(queue):
-            self._wants_probe = True
+            self._snapshots.want()
         return self._settle(effects, now)
 
     def on_cancelled(self, request: RequestId, now: float) -> list[Effect]:
@@ -154,7 +111,7 @@ class SchedulerCore:
         if resident is not None and is_loading and not queue.waiting and resident.move is None:
             reason = "no request waits for it any more"
             effects += self._books.stop(resident, reason, now, cause="abandoned")
-        self._wants_probe = True
+        self._snapshots.want()
         return self._settle(effects, now)
 
     def on_released(self, request: RequestId, now: float, *, completed: bool) -> list[Effect]:
@@ -170,7 +127,7 @@ class SchedulerCore:
             queue.n_deaths = 0
         effects = self._books.grant_waiting(queue, now)
         if resident.is_idle:
-            self._wants_probe = True
+            self._snapshots.want()
         return self._settle(effects, now)
 
     # --- events: hardware -----------------------------------------------------------------
@@ -180,21 +137,15 @@ class SchedulerCore:
 
         When it is time for that, idle residents are placed anew (Watch.look).
         """
-        self._probing = False
         self._books.n_cores = hardware.host.n_cores
-        if self._overtaken:
-            self._overtaken = False
-            self._wants_probe = True
+        if not self._snapshots.end():
             return self._settle([], now)
         ledger = Ledger(hardware, self._books.residents.values())
         placing = Placing(self._books, ledger, self._planner, now)
-        effects = placing.place_all(self._pending())
-        if self._wants_look:
-            self._wants_look = False
+        effects = placing.place_all(self._books.pending)
+        if self._snapshots.is_look:
             effects += self._watch.look(self._books, ledger, self._planner, now)
-            # Where a snapshot takes long, they are taken less often.
-            pause_s = max(self._limits.replan_interval_s, _LOOK_SHARE * (now - self._probed_s))
-            self._look_at_s = now + pause_s
+            self._snapshots.looked(now, self._books.limits.replan_interval_s)
         return self._settle(effects, now)
 
     def preview(self, hardware: Hardware) -> list[tuple[Model, Plan]]:
@@ -211,7 +162,7 @@ class SchedulerCore:
         ledger = Ledger(hardware, self._books.residents.values())
         placing = Placing(self._books, ledger, planner, now=0.0)
         found = []
-        for queue in sorted(self._pending(), key=lambda queue: queue.waiting[0].id):
+        for queue in sorted(self._books.pending, key=lambda queue: queue.waiting[0].id):
             made.clear()
             rung = placing.preview(queue)
             model = queue.waiting[0].model
@@ -224,13 +175,11 @@ class SchedulerCore:
 
     def on_probe_failed(self, reason: str, now: float) -> list[Effect]:
         """Reject what waits to be placed: nothing is known of the hardware."""
-        self._probing = False
-        self._overtaken = self._wants_look = False
-        self._look_at_s = now + self._limits.replan_interval_s
+        self._snapshots.fail(now, self._books.limits.replan_interval_s)
         effects: list[Effect] = []
         for queue in self._books.moving:
             effects += self._books.drop_move(queue, reason, now, kind="unload", cause="no_room")
-        for queue in self._pending():
+        for queue in self._books.pending:
             message = f"{queue.key} can't be placed: the hardware could not be probed: {reason}"
             effects += self._books.reject_waiting(queue, partial(LoadError, message))
         return self._settle(effects, now)
@@ -249,7 +198,7 @@ class SchedulerCore:
         if resident.move is not None and not queue.waiting:
             resident.idle_since_s = resident.move.idle_since_s
         resident.move = None
-        self._residents_changed()
+        self._snapshots.overtake()
         took = format_duration(now - resident.started_s)
         reason = f"loaded in {took}, {policy.describe(resident.rung)}"
         effects: list[Effect] = [note("ready", resident.key, reason, now)]
@@ -263,8 +212,7 @@ class SchedulerCore:
         resident = self._books.residents.get(worker)
         if resident is None or resident.phase is not Phase.LOADING:
             return []
-        queue = self._books.queues[resident.key]
-        effects = self._load_ended(queue, resident, message, now, out_of_memory=out_of_memory)
+        effects = self._end_load(resident, message, now, out_of_memory=out_of_memory)
         resident.phase = Phase.STOPPING
         effects.append(StopWorker(worker=worker, reason="its load failed"))
         return self._settle(effects, now)
@@ -283,31 +231,25 @@ class SchedulerCore:
         if resident is None:
             return []
         queue = self._books.queues[resident.key]
-        self._residents_changed()
+        self._snapshots.overtake()
         effects: list[Effect] = []
         if resident.phase is Phase.STOPPING:
             return self._settle(effects, now)
-        effects += self._count_death(queue, end, now)
+        effects += failures.count_death(queue, end, now)
         if resident.phase is Phase.LOADING:
             reason = f"its worker {end.reason}"
-            effects += self._load_ended(
-                queue, resident, reason, now, out_of_memory=end.out_of_memory
-            )
-        elif now < queue.held_until_s:
-            effects += self._books.reject_waiting(queue, partial(self._held_back, queue, now))
+            effects += self._end_load(resident, reason, now, out_of_memory=end.out_of_memory)
+        else:
+            effects += failures.reject_held_back(self._books, queue, now)
         return self._settle(effects, now)
 
     # --- events: time and people ----------------------------------------------------------
 
     def on_timer(self, now: float) -> list[Effect]:
         """Unload residents whose keep_alive is over; lose patience with busy ones; look around."""
-        if now >= self._look_at_s:
-            self._wants_look = True
-        for queue in self._books.queues.values():
-            since = queue.blocked_since_s
-            if since is not None and now >= since + policy.PATIENCE_S and not queue.is_impatient:
-                queue.is_impatient = True
-                self._wants_probe = True
+        self._snapshots.on_time(now)
+        if upkeep.lose_patience(self._books, now):
+            self._snapshots.want()
         return self._settle([], now)
 
     def on_unload(self, key: str, now: float) -> list[Effect]:
@@ -347,7 +289,7 @@ class SchedulerCore:
                 "unpinned", key, "it leaves when its keep_alive is over, or for others", now
             )
             # Whoever waits for its memory may have it.
-            self._wants_probe = True
+            self._snapshots.want()
         return self._settle([event], now)
 
     def is_pinned(self, key: str) -> bool:
@@ -373,155 +315,28 @@ class SchedulerCore:
             effects += self._books.stop(resident, "shimpy is stopping", now, cause="stopping")
         return effects
 
-    # --- why not, and what failed ---------------------------------------------------------
+    # --- what several events have in common -----------------------------------------------
 
-    def _refusal(self, queue: ModelQueue, request: Request, now: float) -> ShimpyError | None:
-        if self._draining:
-            return StoppingError()
-        if request.model.shape is None:
-            return GgufError(f"{queue.key} can't be used: {request.model.error}")
-        if now < queue.held_until_s:
-            return self._held_back(queue, now)
-        if queue.waiting or not self._books.can_grant(queue, request):
-            return self._full(queue)
-        return None
-
-    def _full(self, queue: ModelQueue) -> QueueFullError | None:
-        n_waiting = len(queue.waiting)
-        if n_waiting < self._limits.max_queue:
-            return None
-        capacity = queue.resident.capacity if queue.resident is not None else 1
-        wait_s = policy.retry_after_s(
-            n_waiting=n_waiting, capacity=capacity, mean_lease_s=queue.mean_lease_s
-        )
-        return QueueFullError(
-            f"{n_waiting} requests wait for {queue.key} already, as many as max_queue allows; "
-            f"try again in {format_duration(wait_s)}",
-            retry_after_s=wait_s,
-        )
-
-    def _held_back(self, queue: ModelQueue, now: float) -> HeldBackError:
-        wait_s = queue.held_until_s - now
-        return HeldBackError(
-            f"{queue.key} is held back for another {format_duration(wait_s)}: its workers died "
-            f"{queue.n_deaths} times in a row; the last one {queue.last_death}",
-            retry_after_s=wait_s,
-        )
-
-    def _load_ended(
-        self, queue: ModelQueue, resident: Resident, reason: str, now: float, *, out_of_memory: bool
+    def _end_load(
+        self, resident: Resident, reason: str, now: float, *, out_of_memory: bool
     ) -> list[Effect]:
-        """Arrange one more try after a lack of memory, or reject everyone who waits."""
-        move = resident.move
-        if move is not None:
+        """Try again or reject after a failed load; what was moved so is not moved again soon."""
+        if resident.move is not None:
             self._watch.bar(resident.key, now)
-        if out_of_memory and resident.lower_rungs and (queue.waiting or move is not None):
-            if queue.waiting:
-                queue.retry = Retry(
-                    rungs=resident.lower_rungs, purpose=resident.purpose, reason=reason
-                )
-            elif move is not None and now >= queue.held_until_s:
-                smallest = resident.lower_rungs[-1]
-                queue.move = replace(move, rungs=resident.lower_rungs, claim=smallest)
-            return [note("retry", queue.key, f"{reason}; trying a smaller placement", now)]
-        message = f"{queue.key} could not be loaded: {reason}"
-        effects: list[Effect] = [note("load_failed", queue.key, message, now)]
-        return effects + self._books.reject_waiting(
-            queue, partial(LoadError, message, out_of_memory=out_of_memory)
-        )
-
-    def _count_death(self, queue: ModelQueue, end: WorkerExit, now: float) -> list[Effect]:
-        queue.n_deaths += 1
-        queue.last_death = end.reason
-        effects: list[Effect] = [
-            note("died", queue.key, f"its worker {end.reason}", now, cause=end.kind.value)
-        ]
-        hold_s = policy.hold_s(queue.n_deaths)
-        if hold_s > 0:
-            queue.held_until_s = now + hold_s
-            effects.append(note("held", queue.key, self._held_back(queue, now).message, now))
-        return effects
-
-    # --- after every event ----------------------------------------------------------------
+        return failures.end_load(self._books, resident, reason, now, out_of_memory=out_of_memory)
 
     def _settle(self, effects: list[Effect], now: float) -> list[Effect]:
         """Add to an event's effects what follows from the new state."""
-        effects += self._end_yielding(now)
-        effects += self._expire(now)
-        self._plan_look(now)
-        if not self._probing:
-            is_moving = any(queue.resident is None for queue in self._books.moving)
-            if self._wants_look or (self._wants_probe and (self._pending() or is_moving)):
-                self._probing = True
-                self._probed_s = now
-                effects.append(Probe())
-            self._wants_probe = False
-        effects += self._share_threads()
-        self._books.tidy()
-        return effects
-
-    def _plan_look(self, now: float) -> None:
-        """Look at free memory at intervals as long as there is a loaded model to move."""
-        interval_s = self._limits.replan_interval_s
-        residents = self._books.residents.values()
-        is_loaded = any(resident.phase is Phase.READY for resident in residents)
-        if interval_s <= 0 or self._draining or not is_loaded:
-            self._wants_look = False
-            self._look_at_s = math.inf
-        elif math.isinf(self._look_at_s):
-            self._look_at_s = now + interval_s
-
-    def _end_yielding(self, now: float) -> list[Effect]:
-        """Let residents serve again whose memory nobody waits for any more."""
-        effects: list[Effect] = []
-        for resident in self._books.residents.values():
-            if resident.yields_to is None:
-                continue
-            queue = self._books.waiting.get(resident.yields_to)
-            other = queue.resident if queue is not None else None
-            has_room = other is not None and other.phase is Phase.LOADING
-            if queue is None or has_room:
-                resident.yields_to = None
-                effects += self._books.grant_waiting(self._books.queues[resident.key], now)
-        return effects
-
-    def _expire(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        for queue, expires_s in self._books.expiring_moves():
-            if now >= expires_s:
-                reason = "its keep_alive was over before it was loaded again"
-                effects += self._books.drop_move(
-                    queue, reason, now, kind="unload", cause="keep_alive"
-                )
-        for resident in self._books.residents.values():
-            if not resident.is_idle or self._books.has_waiting(resident):
-                continue
-            if self._draining:
-                effects += self._books.stop(resident, "shimpy is stopping", now, cause="stopping")
-            elif now >= resident.expires_s:
-                kept = format_duration(resident.keep_alive_s)
-                reason = f"idle for its keep_alive of {kept}"
-                effects += self._books.stop(resident, reason, now, cause="keep_alive")
-        return effects
-
-    def _share_threads(self) -> list[Effect]:
-        if self._limits.n_threads is not None:
-            return []
-        busy = [r for r in self._books.residents.values() if r.phase is Phase.READY and r.leases]
-        effects: list[Effect] = []
-        for worker, n_threads in policy.share_threads(self._books.n_cores, busy).items():
-            resident = self._books.residents[worker]
-            if resident.n_threads != n_threads:
-                resident.n_threads = n_threads
-                effects.append(SetThreads(worker=worker, n_threads=n_threads))
-        return effects
-
-    def _pending(self) -> list[ModelQueue]:
-        """Return the queues whose model waits to be placed."""
         books = self._books
-        return [queue for queue in books.queues.values() if books.needs_placing(queue)]
-
-    def _residents_changed(self) -> None:
-        """A snapshot that is on its way can't be told apart from the memory of before."""
-        self._overtaken = self._probing
-        self._wants_probe = True
+        effects += upkeep.end_yielding(books, now)
+        effects += upkeep.expire(books, now, is_draining=self._draining)
+        is_loaded = any(r.phase is Phase.READY for r in books.residents.values())
+        self._snapshots.keep_looking(
+            now, books.limits.replan_interval_s, is_needed=is_loaded and not self._draining
+        )
+        is_moving = any(queue.resident is None for queue in books.moving)
+        if self._snapshots.begin(now, is_awaited=is_moving or bool(books.pending)):
+            effects.append(Probe())
+        effects += upkeep.share_threads(books)
+        books.tidy()
+        return effects

@@ -445,7 +445,7 @@ async def test_a_model_leaves_when_another_program_takes_its_memory(workshop: Wo
 async def look(workshop: Workshop, scheduler: Scheduler) -> None:
     """Let the time of the next look come, and the look end."""
     workshop.clock.advance(5)
-    while scheduler._core._probing:  # noqa: ASYNC110 - whatever the snapshot takes
+    while scheduler._core._snapshots.is_on_its_way:  # noqa: ASYNC110 - whatever the snapshot takes
         await asyncio.sleep(0)
 
 
