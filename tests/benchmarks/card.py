@@ -227,7 +227,7 @@ def main() -> None:
 
     path = arguments.model.absolute()
     model = str(name_from_stem(path.stem))
-    results: dict[str, Any] = {"model": model, "free_gib": used_vram() / GIB}
+    results: dict[str, Any] = {"model": model, "used_gib": sum(used_vram()) / GIB}
     rows = measure_speed(path, model, arguments.peer, arguments.rounds)
     results["speed"] = [asdict(row) for row in rows]
     if arguments.json:

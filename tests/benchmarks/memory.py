@@ -1,15 +1,16 @@
-"""What placements take on an NVIDIA card, predicted and real; and with little VRAM left.
+"""What placements take on NVIDIA cards, predicted and real; and with little VRAM left.
 
     python -m tests.benchmarks.memory MODEL [--n-ctx N ...] [--rungs N ...] [--squeeze GIB ...]
 
 --rungs    experts of the first N layers in RAM: the prediction beside nvidia-smi's figure after
            one answer
---squeeze  another process takes VRAM until so much is left: the model has to load and to answer,
-           and may leave less than a layer's experts and 300 MiB unused
+--squeeze  another process takes VRAM until so much is left on each card: the model has to load and
+           to answer, and may leave less than a layer's experts and 300 MiB unused
 --heavy    then 16 prompts of 512 tokens at once, and what they add to it
 
 One daemon serves them all: figures that were simulated and overheads that were learnt are there
-for the next. Rows go to stdout and, with --json FILE, to a file that is whole after each row.
+for the next. Rows go to stdout and, with --json FILE, to a file that is whole after each row; of
+several cards "off" is the worst of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from tests.benchmarks.card import (
     resident,
     run_streams,
 )
-from tests.benchmarks.vram import Hog, used_vram
+from tests.benchmarks.vram import Hog, used_by, used_vram, wait_until_free
 from tests.daemon import Daemon, running_daemon
 
 N_STREAMS = 16
@@ -77,6 +78,8 @@ class Sweep:
     # The bytes of the largest layer's experts.
     layer_bytes: int
     is_heavy: bool
+    # The bytes in use on each card while it is not loaded.
+    before: list[int] = field(default_factory=used_vram)
 
     def rung(self, n_ctx: int, n_cpu_moe: int) -> dict[str, Any]:
         """Load the model with the experts of so many layers in RAM; return the figures in MiB."""
@@ -87,6 +90,7 @@ class Sweep:
         """Have the model loaded where only so much VRAM is free; return the figures in MiB."""
         self._set({}, unset=["cpu_moe", "num_ctx"])
         hog.leave(left_gib)
+        self.before[:] = used_vram()
         row = {"left_gib": left_gib} | self._serve()
         if row.get("mode") in {"experts-in-ram", "partial-gpu"}:
             row["well_used"] = row["unused"] * MIB < self.layer_bytes + ALLOWED_UNUSED_BYTES
@@ -96,26 +100,30 @@ class Sweep:
         body = {"model": self.model, "set": settings, "unset": list(unset)}
         httpx.post(f"{self.daemon.url}/api/settings", json=body, timeout=30).raise_for_status()
         self.daemon.shimpy("stop", self.model)
+        wait_until_free(self.before)
 
     def _serve(self) -> dict[str, Any]:
-        before = used_vram()
-        row = _serve(self.daemon, self.model, before, is_heavy=self.is_heavy)
+        row = _serve(self.daemon, self.model, self.before, is_heavy=self.is_heavy)
         return row | {"simulated_s": _simulated_s(self.state)}
 
 
-def _serve(daemon: Daemon, model: str, before: int, *, is_heavy: bool) -> dict[str, Any]:
+def _serve(daemon: Daemon, model: str, before: list[int], *, is_heavy: bool) -> dict[str, Any]:
     started = time.perf_counter()
     answer = generate(daemon, model)
     load_s = time.perf_counter() - started
     if "error" in answer:
         return {"error": answer["error"]}
-    placement = resident(daemon)["placement"]
-    taken = used_vram() - before
+    entry = resident(daemon)
+    placement = entry["placement"]
+    taken = _taken(before)
     devices = placement["devices"]
-    predicted = sum(device["total_bytes"] for device in devices)
+    # By the card's number; a card that no device is named of should take nothing.
+    predicted = [0] * len(taken)
+    for device in devices:
+        predicted[int(device["name"].removeprefix("CUDA"))] = device["total_bytes"]
     buffers = sum(device["real"]["total_bytes"] for device in devices)
     off_bytes = sum(d["total_bytes"] - d["overhead_bytes"] for d in devices) - buffers
-    allowed = max(ALLOWED_BYTES, ALLOWED_SHARE * taken)
+    offs = [one - other for one, other in zip(predicted, taken, strict=True)]
     row = {
         "mode": placement["mode"],
         "ngl": placement["n_gpu_layers"],
@@ -127,23 +135,34 @@ def _serve(daemon: Daemon, model: str, before: int, *, is_heavy: bool) -> dict[s
         "figures": placement["figures"],
         "buffers_off": off_bytes / MIB,
         "buffers": buffers // MIB,
-        "predicted": predicted // MIB,
-        "smi": taken // MIB,
-        "off": (predicted - taken) / MIB,
-        "ok": abs(predicted - taken) <= allowed,
+        "predicted": sum(predicted) // MIB,
+        "process": used_by(entry["pid"]) // MIB,
+        "smi": sum(taken) // MIB,
+        "off": max(offs, key=abs) / MIB,
+        "ok": all(
+            abs(off) <= max(ALLOWED_BYTES, ALLOWED_SHARE * n)
+            for off, n in zip(offs, taken, strict=True)
+        ),
         "unused": sum(d["free_bytes"] - d["total_bytes"] for d in devices) // MIB,
         "load_s": load_s,
     }
+    if len(taken) > 1:
+        row |= {"each_predicted": [n // MIB for n in predicted], "each": [n // MIB for n in taken]}
     return row | (_work(daemon, model, before) if is_heavy else {})
 
 
-def _work(daemon: Daemon, model: str, before: int) -> dict[str, Any]:
+def _taken(before: list[int]) -> list[int]:
+    """Return the bytes on each card that came into use since then."""
+    return [now - then for now, then in zip(used_vram(), before, strict=True)]
+
+
+def _work(daemon: Daemon, model: str, before: list[int]) -> dict[str, Any]:
     bodies = [completion_body(model)(prompt) for prompt in random_prompts(N_STREAMS, 5)]
     rate, _ = asyncio.run(run_streams(f"{daemon.url}/completion", bodies))
     # Decoding alone, after the cards are warm.
     alone = generate(daemon, model, 96)
     return {
-        "smi_heavy": (used_vram() - before) // MIB,
+        "smi_heavy": sum(_taken(before)) // MIB,
         "tok_s_16": rate,
         "tok_s_1": alone["eval_count"] / max(1e-9, alone["eval_duration"] / 1e9),
     }
@@ -178,7 +197,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, rows = arguments.model.absolute(), Rows(arguments.json)
-    print(f"{used_vram() / GIB:.2f} GiB in use before", flush=True)
+    print(f"{sum(used_vram()) / GIB:.2f} GiB in use before", flush=True)
     # Nothing is to move while it is measured.
     flags = ["--replan-interval", "0"]
     if arguments.load_mode:

@@ -50,7 +50,7 @@ def use(daemon: Daemon, model: str) -> bool:
     placement = resident["placement"]
     print(
         f"  {placement['mode']}, experts of {placement['n_cpu_moe']} layers in RAM, "
-        f"{used_vram() / GIB:.2f} GiB used on the card, "
+        f"{sum(used_vram()) / GIB:.2f} GiB used on the card, "
         f"{answer.get('eval_count', 0)} tokens {answer.get('error', '')}"
     )
     return "error" not in answer
