@@ -5,7 +5,7 @@
 --rungs    experts of the first N layers in RAM: the prediction beside nvidia-smi's figure after
            one answer
 --squeeze  another process takes VRAM until so much is left on each card: the model has to load and
-           to answer, and may leave less than a layer's experts and 300 MiB unused
+           to answer, and may leave less than a layer's experts and 300 MiB of it unused
 --heavy    then 16 prompts of 512 tokens at once, and what they add to it
 
 One daemon serves them all: figures that were simulated and overheads that were learnt are there
@@ -93,7 +93,8 @@ class Sweep:
         self.before[:] = used_vram()
         row = {"left_gib": left_gib} | self._serve()
         if row.get("mode") in {"experts-in-ram", "partial-gpu"}:
-            row["well_used"] = row["unused"] * MIB < self.layer_bytes + ALLOWED_UNUSED_BYTES
+            allowed = len(self.before) * (self.layer_bytes + ALLOWED_UNUSED_BYTES)
+            row["well_used"] = row["unused"] * MIB < allowed
         return row
 
     def _set(self, settings: dict[str, Any], unset: Sequence[str] = ()) -> None:

@@ -1,7 +1,11 @@
-"""VRAM as nvidia-smi shows it, and another program that takes it; on all cards."""
+"""VRAM as nvidia-smi shows it, and another program that takes it; on all cards.
+
+With CUDA_VISIBLE_DEVICES, a list of numbers, on those.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -38,6 +42,8 @@ def wait_until_free(used: list[int]) -> float:
 
 def _query(what: str) -> list[str]:
     command = ["nvidia-smi", what, "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command += ["-i", visible]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout.split("\n")[:-1]
 
