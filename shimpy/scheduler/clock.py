@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -34,3 +35,8 @@ class LoopClock:
     def call_at(self, when_s: float, callback: Callable[[], None]) -> TimerHandle:
         """Arrange a call on the loop."""
         return asyncio.get_running_loop().call_at(when_s, callback)
+
+
+def to_epoch(clock: Clock, at_s: float) -> float:
+    """Return a time of a clock's as seconds since the epoch."""
+    return time.time() + at_s - clock.now()

@@ -9,9 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from shimpy.placement.placement import Rung
-from shimpy.protocol.messages import Ready, Stats
+from shimpy.protocol.messages import PrefixNews, Ready, Stats
 from shimpy.registry.model import Model
-from shimpy.scheduler.states import EventKind
+from shimpy.scheduler.clock import Clock, to_epoch
+from shimpy.scheduler.core import SchedulerCore
+from shimpy.scheduler.crew import Crew
+from shimpy.scheduler.states import Event, EventKind, ModelQueue, Resident
+from shimpy.scheduler.worker import Worker
+from shimpy.units import format_bytes
 
 MAX_HISTORY = 256
 _US_PER_S = 1e6
@@ -71,6 +76,26 @@ class HistoryEvent:
     # Rises from event to event, also over a restart of the daemon: its time in microseconds.
     id: int = 0
 
+    @classmethod
+    def of(cls, event: Event, at_s: float) -> HistoryEvent:
+        """Return what is told of an event of the core's."""
+        return cls(
+            kind=event.kind, model=event.model, reason=event.reason, at_s=at_s, cause=event.cause
+        )
+
+    @classmethod
+    def of_prefix(cls, model: str, news: PrefixNews, at_s: float) -> HistoryEvent | None:
+        """Return what is told of a worker's saved prompts, if it is told."""
+        if news.kind not in ("saved", "restored"):
+            return None
+        return cls(
+            kind=news.kind,
+            model=model,
+            reason=f"{news.n_tokens} tokens, {format_bytes(news.n_bytes)}, {news.took_s:.2f} s",
+            at_s=at_s,
+            n_tokens=news.n_tokens,
+        )
+
 
 class Journal:
     """The last MAX_HISTORY events; whoever follows reads from these, and keeps none of its own."""
@@ -121,3 +146,54 @@ class Journal:
 def event_id(at_s: float) -> int:
     """Return the id of an event at that time, in seconds since the epoch, or of the last before."""
     return round(at_s * _US_PER_S)
+
+
+def report_residents(core: SchedulerCore, crew: Crew, clock: Clock) -> tuple[ResidentInfo, ...]:
+    """Return all residents, the longest loaded first."""
+    return tuple(
+        _report_resident(resident, core.queues[resident.key], crew[resident.worker], clock)
+        for resident in core.residents.values()
+    )
+
+
+def _report_resident(
+    resident: Resident, queue: ModelQueue, worker: Worker, clock: Clock
+) -> ResidentInfo:
+    expires_s = resident.expires_s
+    if not resident.is_idle and not resident.is_pinned:
+        expires_s = clock.now() + resident.keep_alive_s
+    loaded_s = resident.ready_s
+    return ResidentInfo(
+        model=resident.model,
+        state=resident.phase.value,
+        pid=worker.pid,
+        rung=resident.rung,
+        ready=resident.ready,
+        load_fraction=worker.load_fraction,
+        n_leases=len(resident.leases),
+        n_waiting=len(queue.waiting),
+        expires_at_s=to_epoch(clock, expires_s),
+        is_pinned=resident.is_pinned,
+        loaded_at_s=None if loaded_s is None else to_epoch(clock, loaded_s),
+        n_threads=resident.n_threads,
+        stats=worker.stats,
+    )
+
+
+def report_waiting(core: SchedulerCore, journal: Journal, clock: Clock) -> tuple[WaitingInfo, ...]:
+    """Return the models that wait for a worker, or are held back after deaths."""
+    now = clock.now()
+    return tuple(
+        WaitingInfo(
+            name=queue.key,
+            n_waiting=len(queue.waiting),
+            n_deaths=queue.n_deaths,
+            last_death=queue.last_death,
+            held_until_s=(
+                to_epoch(clock, queue.held_until_s) if queue.held_until_s > now else None
+            ),
+            reason=journal.last_reason(queue.key),
+        )
+        for queue in core.queues.values()
+        if queue.resident is None and (queue.waiting or queue.held_until_s > now)
+    )

@@ -38,7 +38,8 @@ async def test_a_grant_reaches_a_waiter_that_was_just_cancelled(
     model = workshop.model("a", load_gate=workshop.gate("load"))
     async with workshop.scheduler() as scheduler:
         task = asyncio.create_task(use(scheduler, model))
-        answer = scheduler._answer
+        executor = scheduler._executor
+        answer = executor._answer
 
         def answer_and_cancel(*args: object) -> None:
             if cancelled_first:
@@ -46,11 +47,11 @@ async def test_a_grant_reaches_a_waiter_that_was_just_cancelled(
             answer(*args)  # type: ignore[arg-type]
             task.cancel()
 
-        scheduler._answer = answer_and_cancel  # type: ignore[method-assign]
+        executor._answer = answer_and_cancel
         await open_gate(workshop.folder / "load")
         with pytest.raises(asyncio.CancelledError):
             await task
-        scheduler._answer = answer  # type: ignore[method-assign]
+        executor._answer = answer
         assert scheduler.residents()[0].n_leases == 0
         assert await use(scheduler, model) == "Once upon a time"
 

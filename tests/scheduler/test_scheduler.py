@@ -255,7 +255,7 @@ async def test_a_failed_probe_is_told(workshop: Workshop) -> None:
         def probe() -> Hardware:
             raise OSError("nvml is gone")
 
-        scheduler._probe = probe
+        scheduler._surveyor._probe = probe
         with pytest.raises(LoadError, match="could not be probed: nvml is gone"):
             await use(scheduler, workshop.model("a"))
 
