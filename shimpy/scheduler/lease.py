@@ -68,14 +68,16 @@ class Lease:
             self._worker.send(msgspec.structs.replace(submit, request=request))
             await self._worker.wait_writable()
             while True:
-                mail = await self._next(mailbox)
+                mail = await mailbox.get()
                 match mail:
+                    case Delta() | Prefilled():
+                        yield mail
                     case Done():
                         self.completed = True
                         yield mail
                         return
-                    case Delta() | Prefilled():
-                        yield mail
+                    case Failed():
+                        raise error_from(mail)
                     case _:
                         raise _unexpected(mail)
 

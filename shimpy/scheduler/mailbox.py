@@ -34,7 +34,8 @@ class Mailbox:
         # The worker has said its last word on the request; there is nothing to cancel.
         self.is_answered = False
         self._end: BaseException | None = None
-        self._arrived = asyncio.Event()
+        # What the reader waits on: for one reader less work than an Event.
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def is_overfull(self) -> bool:
@@ -48,21 +49,25 @@ class Mailbox:
             self._unread_bytes += _size(mail)
         elif not isinstance(mail, Prefilled):
             self.is_answered = True
-        self._arrived.set()
+        self._wake()
 
     def close(self, error: BaseException) -> None:
         """Let the reader have what is here, then raise `error`; the first close counts."""
         self._end = self._end or error
         self.is_answered = True
-        self._arrived.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def get(self) -> Mail:
         """Return the oldest mail, with all text that waits right behind it."""
         while not self._mail:
             if self._end is not None:
                 raise self._end
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         first = self._mail.popleft()
         if not isinstance(first, Delta):
             return first

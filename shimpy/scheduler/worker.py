@@ -31,6 +31,7 @@ from shimpy.protocol.messages import (
     ToDaemon,
     ToWorker,
 )
+from shimpy.scheduler.channel import WorkerChannel
 from shimpy.scheduler.exits import ExitKind, WorkerExit, classify_exit
 from shimpy.scheduler.mailbox import MAX_UNREAD_BYTES, Mail, Mailbox
 from shimpy.units import format_bytes
@@ -103,7 +104,7 @@ class Worker:
         self._kills_before: int | None = None
         self._decoder = daemon_decoder()
         self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._channel: WorkerChannel | None = None
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
         self._mailboxes: dict[int, Mailbox] = {}
         self._last_request = 0
@@ -149,17 +150,14 @@ class Worker:
 
     def send(self, message: ToWorker) -> None:
         """Send a message; nothing happens when the worker is gone."""
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(encode_frame(message))
+        if self._channel is not None:
+            self._channel.write(encode_frame(message))
 
     async def wait_writable(self) -> None:
         """Wait until the worker has read most of what was sent."""
-        if self._writer is None:
-            return
-        try:
-            await self._writer.drain()
-        except ConnectionError:
-            return  # its end is told through the mailboxes
+        # Its end is told through the mailboxes.
+        if self._channel is not None:
+            await self._channel.wait_writable()
 
     def open_mailbox(self) -> tuple[int, Mailbox]:
         """Return a new request id and where its answers will arrive."""
@@ -223,38 +221,36 @@ class Worker:
             ours.close()
             raise
         try:
-            reader, self._writer = await asyncio.open_connection(sock=ours)
-            await self._live(process, reader)
+            self._channel = channel = await WorkerChannel.open(ours, self._on_data)
+            await self._live(process, channel)
         finally:
             self._signal(signal.SIGKILL)
             returncode = await process.wait()
-            if self._writer is not None:
-                self._writer.close()
+            if self._channel is not None:
+                self._channel.close()
             else:
                 ours.close()
         kills_after = await asyncio.to_thread(count_oom_kills)
         return self._classify(returncode, kills_after)
 
-    async def _live(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader
-    ) -> None:
+    async def _live(self, process: asyncio.subprocess.Process, channel: WorkerChannel) -> None:
         """Do all that is to be done while the process runs; return when it has ended."""
         assert process.stdout is not None, "the process was started with a pipe"
         linger_s = self._deadlines.linger_s
         async with asyncio.TaskGroup() as tasks:
             exited = tasks.create_task(process.wait())
-            channel = tasks.create_task(self._read_channel(reader))
+            talk = tasks.create_task(self._follow_channel(channel))
             output = tasks.create_task(self._read_output(process.stdout))
             watch = tasks.create_task(self._watch())
             ladder = tasks.create_task(self._climb_stop_ladder(process))
-            await asyncio.wait({exited, channel}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({exited, talk}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({exited}, timeout=linger_s)
             if not exited.done():
                 self._end(ExitKind.PROTOCOL, "closed its channel and went on running")
             await exited
             # A child of its own may hold the pipes open: don't wait for their ends for ever.
-            await asyncio.wait({channel, output}, timeout=linger_s)
-            for task in (channel, output, watch, ladder):
+            await asyncio.wait({talk, output}, timeout=linger_s)
+            for task in (talk, output, watch, ladder):
                 task.cancel()
 
     def _classify(self, returncode: int, kills_after: int | None) -> WorkerExit:
@@ -325,16 +321,16 @@ class Worker:
 
     # --- what it says ---------------------------------------------------------------------
 
-    async def _read_channel(self, reader: asyncio.StreamReader) -> None:
+    async def _follow_channel(self, channel: WorkerChannel) -> None:
         try:
-            while data := await reader.read(_READ_BYTES):
-                for message in self._decoder.feed(data):
-                    self._on_message(message)
+            await channel.wait_closed()
         except ProtocolError as error:
             self._end(ExitKind.PROTOCOL, f"sent what is no message: {error.message}")
             self._signal(signal.SIGKILL)
-        except ConnectionError:
-            return  # as good as its end
+
+    def _on_data(self, data: bytes) -> None:
+        for message in self._decoder.feed(data):
+            self._on_message(message)
 
     def _on_message(self, message: ToDaemon) -> None:
         self._heard_s = asyncio.get_running_loop().time()
