@@ -25,12 +25,12 @@ import shimpy
 from shimpy.scheduler.reports import HistoryEvent, ResidentInfo
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.server.record import Record
+from shimpy.server.token_times import TokenTimes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # From a token of a small model on a card to a prompt of 100k tokens on a CPU.
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _LOAD_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 _TOTAL_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -74,15 +74,11 @@ class Metrics:
             buckets=_FIRST_TOKEN_S,
             registry=registry,
         )
-        self._token_s = Histogram(
-            "shimpy_inter_token_seconds",
-            "Between the tokens of one answer, as they reach the daemon.",
-            ["model"],
-            buckets=_TOKEN_S,
-            registry=registry,
-        )
-        # To look one up by its labels takes longer than to count with it.
-        self._token_s_of: dict[str, Histogram] = {}
+        token_times = TokenTimes()
+        registry.register(token_times)
+        # Told of tokens that follow others: the model, how many came together, and the seconds
+        # since those before them.
+        self.on_tokens = token_times.observe
         self._load_s = Histogram(
             "shimpy_load_seconds",
             "From the start of a worker until its model is loaded.",
@@ -136,14 +132,6 @@ class Metrics:
         for kind, n_tokens in counts.items():
             if n_tokens > 0:
                 self._tokens.labels(record.model, kind).inc(n_tokens)
-
-    def on_tokens(self, model: str, n_tokens: int, gap_s: float) -> None:
-        """Count tokens that came together, so long after those before them."""
-        histogram = self._token_s_of.get(model)
-        if histogram is None:
-            histogram = self._token_s_of[model] = self._token_s.labels(model)
-        for _ in range(n_tokens):
-            histogram.observe(gap_s / n_tokens)
 
     def on_event(self, event: HistoryEvent) -> None:
         """Count what the scheduler did or met."""
