@@ -1,32 +1,33 @@
-"""What happens in a generation, in no dialect's words: Started, deltas and calls, Finished."""
+"""What happens in a generation, in no dialect's words: Started, deltas and calls, Finished.
+
+Structs, as they are made for each token: a frozen dataclass takes four times as long to make.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from shimpy.chat.messages import ToolCall
 from shimpy.protocol.messages import TokenLogprob
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
+class Started(msgspec.Struct, frozen=True, kw_only=True):
     """The prompt is in the KV cache; always the first event."""
 
     n_prompt: int
     n_cached: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ThinkingDelta:
+class ThinkingDelta(msgspec.Struct, frozen=True, kw_only=True):
     """More of what the model thinks before it answers."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContentDelta:
+class ContentDelta(msgspec.Struct, frozen=True, kw_only=True):
     """More of the answer; whole characters."""
 
     text: str
@@ -35,16 +36,14 @@ class ContentDelta:
     n_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCallMade:
+class ToolCallMade(msgspec.Struct, frozen=True, kw_only=True):
     """A whole call of a tool; `index` counts the calls of one answer from 0."""
 
     index: int
     call: ToolCall
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
     """The end; always the last event. Times in seconds."""
 
     reason: Literal["stop", "length"]

@@ -114,7 +114,10 @@ def peer_uid(request: web.Request) -> int | None:
     there (`listening`).
     """
     transport = request.transport
-    sock = None if transport is None else transport.get_extra_info("socket")
+    # The address of a network socket is a tuple; to ask the socket for its family takes longer.
+    if transport is None or isinstance(transport.get_extra_info("sockname"), tuple):
+        return None
+    sock = transport.get_extra_info("socket")
     if sock is None or sock.family != socket.AF_UNIX:
         return None
     if not hasattr(socket, "SO_PEERCRED"):

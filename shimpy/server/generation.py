@@ -84,9 +84,6 @@ async def generate_on(
     async with aclosing(lease.generate(submit)) as mails:
         async for mail in mails:
             match mail:
-                case Prefilled():
-                    record.n_prompt, record.n_cached = mail.n_prompt, mail.n_cached
-                    yield Started(n_prompt=mail.n_prompt, n_cached=mail.n_cached)
                 case Delta():
                     now_s = time.monotonic()
                     if record.first_token_s is None:
@@ -97,6 +94,9 @@ async def generate_on(
                     record.n_generated = (record.n_generated or 0) + mail.n_tokens
                     for event in answer.take(mail):
                         yield event
+                case Prefilled():
+                    record.n_prompt, record.n_cached = mail.n_prompt, mail.n_cached
+                    yield Started(n_prompt=mail.n_prompt, n_cached=mail.n_cached)
                 case Done():
                     for event in answer.finish():
                         yield event

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from shimpy.server.errors import ForbiddenError
@@ -55,8 +56,9 @@ class Guard:
 
     def _is_own_or_proxy(self, name: str) -> bool:
         """Whether a Host is ours, or that of a listed origin: a proxy passes its own on."""
-        proxies = {_hostname(origin.partition("://")[2]) for origin in self.origins} - {""}
-        return self._is_own(name) or name in proxies
+        if self._is_own(name):
+            return True
+        return name in {_hostname(origin.partition("://")[2]) for origin in self.origins} - {""}
 
     def _is_own(self, name: str) -> bool:
         if not name:
@@ -81,6 +83,8 @@ def cors_headers(origin: str, requested: str | None) -> dict[str, str]:
     return headers
 
 
+# Clients send the same few again and again.
+@lru_cache(maxsize=64)
 def _hostname(netloc: str) -> str:
     """Return the host of "host:port" in lower case, without brackets; "" for nonsense."""
     try:
@@ -89,6 +93,7 @@ def _hostname(netloc: str) -> str:
         return ""
 
 
+@lru_cache(maxsize=64)
 def _is_loopback(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True

@@ -8,6 +8,7 @@ Ollama's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -57,17 +58,16 @@ class Options(Sampled, frozen=True, kw_only=True):
 
     def over(self, defaults: Options) -> Options:
         """Return these options, with what they leave open taken from `defaults`."""
-        given = {name: getattr(self, name) for name in self.__struct_fields__}
-        set_here = {name: value for name, value in given.items() if value is not None}
-        return msgspec.structs.replace(defaults, **set_here)
+        # Mostly one of them says nothing at all, and to compare them costs next to nothing.
+        if defaults == _NOTHING:
+            return self
+        if self == _NOTHING:
+            return defaults
+        return msgspec.structs.replace(defaults, **_set_in(self))
 
     def sampling(self, grammar: str | None = None) -> Sampling:
         """Return the part that the worker's sampler needs."""
-        known = {
-            name: getattr(self, name)
-            for name in Sampling.__struct_fields__
-            if name != "grammar" and getattr(self, name) is not None
-        }
+        known = {name: v for name, v in _set_in(self).items() if name in _SAMPLING}
         if "seed" in known:
             known["seed"] = None if known["seed"] < 0 else known["seed"] % _SEED_RANGE
         if "top_k" in known:
@@ -78,3 +78,13 @@ class Options(Sampled, frozen=True, kw_only=True):
         if "logit_bias" in known:
             known["logit_bias"] = dict(known["logit_bias"])
         return Sampling(**known, grammar=grammar)
+
+
+_NOTHING = Options()
+_SAMPLING = frozenset(Sampling.__struct_fields__) - {"grammar"}
+
+
+def _set_in(options: Options) -> dict[str, Any]:
+    """Return what is set, by name."""
+    given = msgspec.structs.asdict(options)
+    return {name: value for name, value in given.items() if value is not None}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+
+import msgspec
 
 from shimpy.chat.messages import ChatMessage
 from shimpy.errors import InvalidOptionError
@@ -42,8 +45,16 @@ def options_of(settings: ModelSettings) -> Options:
     They may come from another tool's store: one that makes no sense is left out, as if it were
     not there.
     """
+    if not settings.parameters:
+        return Options()
+    return _parse_lenient(msgspec.json.encode(settings.parameters))
+
+
+@lru_cache(maxsize=128)
+def _parse_lenient(parameters: bytes) -> Options:
+    """Return JSON parameters as options; each request asks for its model's, which stay the same."""
     options = Options()
-    for name, value in settings.parameters.items():
+    for name, value in msgspec.json.decode(parameters).items():
         try:
             options = parse_options({name: value}).over(options)
         except InvalidOptionError:

@@ -95,14 +95,13 @@ async def _pump(chunks: AsyncGenerator[bytes, None], stream: _Stream) -> None:
             await stream.write(chunk)
         await stream.close()
         return
-    pinger = asyncio.ensure_future(stream.ping_when_silent())
+    pinger = _Pinger(stream)
     try:
         async for chunk in chunks:
             await stream.write(chunk)
         await stream.close()
     finally:
-        pinger.cancel()
-        await asyncio.gather(pinger, return_exceptions=True)
+        await pinger.stop()
 
 
 class _Response(web.StreamResponse):
@@ -126,7 +125,8 @@ class _Stream:
         self.is_open = False
         self.is_ended = False
         self._lock = asyncio.Lock()
-        self._last_write_s = self._now()
+        self._loop = asyncio.get_running_loop()
+        self.last_write_s = self._loop.time()
 
     async def write(self, chunk: bytes) -> None:
         """Send one chunk; waits while the client reads slower than that.
@@ -135,16 +135,26 @@ class _Stream:
             TimeoutError: it took nothing for WRITE_TIMEOUT_S.
             ConnectionError: it has gone.
         """
-        if self.is_open and self._is_free() and len(chunk) <= _FREE_BYTES:
+        if not self.is_open:
+            # Nothing is sent yet: the head waits for the first chunk.
+            await self.response.prepare(self._request)
+            self.is_open = True
+        if self._is_free() and len(chunk) <= _FREE_BYTES:
             # It waits for nobody: it needs no turn and no timeout.
             await self.response.write(chunk)
         else:
             async with self._lock, asyncio.timeout(WRITE_TIMEOUT_S):
-                if not self.is_open:
-                    await self.response.prepare(self._request)
-                    self.is_open = True
                 await self.response.write(chunk)
-        self._last_write_s = self._now()
+        self.last_write_s = self._loop.time()
+
+    async def ping(self) -> bool:
+        """Show that there is somebody; return whether the client is there, too."""
+        try:
+            await self.write(self._ping)
+        except (ConnectionError, TimeoutError):
+            self.abort()
+            return False
+        return True
 
     def _is_free(self) -> bool:
         """Whether all that was written has gone."""
@@ -172,21 +182,36 @@ class _Stream:
         if self._request.transport is not None:
             self._request.transport.abort()
 
-    async def ping_when_silent(self) -> None:
-        """Send a comment whenever nothing was sent for PING_AFTER_S; ends with the client."""
-        while True:
-            wait_s = self._last_write_s + PING_AFTER_S - self._now()
-            if wait_s > 0:
-                await asyncio.sleep(wait_s)
-                continue
-            try:
-                await self.write(self._ping)
-            except (ConnectionError, TimeoutError):
-                self.abort()
-                return
 
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+class _Pinger:
+    """Pings a stream whenever nothing was sent for PING_AFTER_S, until it is stopped.
+
+    A stream that is never silent costs it no more than a timer.
+    """
+
+    def __init__(self, stream: _Stream) -> None:
+        self._stream = stream
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_at(stream.last_write_s + PING_AFTER_S, self._look)
+        self._pinging: asyncio.Future[None] | None = None
+
+    def _look(self) -> None:
+        due_s = self._stream.last_write_s + PING_AFTER_S
+        if due_s > self._loop.time():
+            self._timer = self._loop.call_at(due_s, self._look)
+        else:
+            self._pinging = asyncio.ensure_future(self._ping())
+
+    async def _ping(self) -> None:
+        if await self._stream.ping():
+            self._look()
+
+    async def stop(self) -> None:
+        """Ping no more."""
+        self._timer.cancel()
+        if self._pinging is not None:
+            self._pinging.cancel()
+            await asyncio.gather(self._pinging, return_exceptions=True)
 
 
 def ndjson_line(value: Any) -> bytes:

@@ -6,7 +6,7 @@ expect the field to be there.
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -96,7 +96,7 @@ class Head:
 
 def new_id(prefix: str) -> str:
     """Return an id like OpenAI's: "chatcmpl-" and the like, then what nobody can guess."""
-    return prefix + secrets.token_hex(12)
+    return prefix + os.urandom(12).hex()
 
 
 def now_s() -> int:
