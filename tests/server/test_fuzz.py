@@ -109,4 +109,6 @@ def test_no_body_gives_a_500(
 @given(path=st.sampled_from(PATHS), data=st.binary(max_size=60))
 def test_no_bytes_give_a_500(runner: asyncio.Runner, app: Running, path: str, data: bytes) -> None:
     answer: httpx.Response = runner.run(app.client.post(path, content=data))
-    assert 400 <= answer.status_code < 500, answer.text
+    # `{}` is a request: the only model there is continues nothing.
+    assert answer.status_code < 500, answer.text
+    assert answer.status_code >= 400 or data.strip() == b"{}", answer.text
