@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shimpy.cli.options import config_option
-from shimpy.units import format_bytes, parse_bytes
+from shimpy.cli.options import config_option, kv_type_option, parse_size
+from shimpy.units import format_bytes
 
 if TYPE_CHECKING:
     from shimpy.bench.report import Report
     from shimpy.bench.results import Effort
     from shimpy.config import Config
     from shimpy.placement.hardware import Hardware
-
-_KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def _parse_counts(least: int) -> Any:
@@ -44,13 +42,6 @@ def _parse_counts(least: int) -> Any:
     return parse
 
 
-def _parse_size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
-    try:
-        return None if value is None else parse_bytes(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
 @click.command(name="bench")
 @click.argument("model")
 @click.option(
@@ -68,7 +59,7 @@ def _parse_size(_ctx: click.Context, _param: click.Parameter, value: str | None)
 @click.option("--all", "every", is_flag=True, help="Measure every placement that fits.")
 @click.option(
     "--budget",
-    callback=_parse_size,
+    callback=parse_size,
     metavar="SIZE",
     help="Suppose cards with no more free VRAM than this.",
 )
@@ -85,7 +76,7 @@ def _parse_size(_ctx: click.Context, _param: click.Parameter, value: str | None)
 @click.option("--repeat", type=click.IntRange(1), metavar="N", help="Repetitions of each run.")
 @click.option("--n-ctx", type=click.IntRange(1), metavar="N", help="Context of all slots together.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the worker.")
-@click.option("--kv-type", type=click.Choice(_KV_TYPES), help="Type of the KV cache.")
+@kv_type_option
 @click.option(
     "--json",
     "json_file",

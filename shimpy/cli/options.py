@@ -8,6 +8,11 @@ from typing import Any, TypeVar
 
 import click
 
+from shimpy.units import parse_bytes
+
+# protocol.messages.KvType, without the import: `--help` stays quick.
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -25,3 +30,19 @@ def config_option(function: F) -> F:
         envvar="SHIMPY_CONFIG",
         help="Read this config file instead of the usual ones.",
     )(function)
+
+
+def kv_type_option(function: F) -> F:
+    """Add `--kv-type TYPE`."""
+    option = click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache.")
+    return option(function)
+
+
+def parse_size(_ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Return bytes for a size like 8GiB, or for each of several."""
+    if value is None:
+        return None
+    try:
+        return tuple(parse_bytes(text) for text in value) if param.multiple else parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error

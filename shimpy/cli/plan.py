@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shimpy.cli.options import config_option, json_option
-from shimpy.units import parse_bytes
+from shimpy.cli.options import config_option, json_option, kv_type_option, parse_size
 
 if TYPE_CHECKING:
     from shimpy.config import Config
@@ -23,17 +22,6 @@ if TYPE_CHECKING:
     from shimpy.registry.model import Model
 
 _CPU_MOE = ("auto", "on", "off")
-_KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-
-
-def _parse_size(_ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """Return bytes for a size like 8GiB, or for several."""
-    if value is None:
-        return None
-    try:
-        return tuple(parse_bytes(text) for text in value) if param.multiple else parse_bytes(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _parse_cpu_moe(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
@@ -49,21 +37,25 @@ def _parse_cpu_moe(_ctx: click.Context, _param: click.Parameter, value: str | No
 @click.argument("model")
 @click.option(
     "--vram",
-    callback=_parse_size,
+    callback=parse_size,
     multiple=True,
     metavar="SIZE",
     help="Suppose a card with so much free memory; repeat it for several, 0 for none.",
 )
-@click.option("--ram", callback=_parse_size, metavar="SIZE", help="Suppose so much free RAM.")
-@click.option("--n-ctx", type=int, metavar="N", help="Context in tokens, shared by all slots.")
-@click.option("--slots", type=int, metavar="N", help="Requests that are served at once.")
+@click.option("--ram", callback=parse_size, metavar="SIZE", help="Suppose so much free RAM.")
+@click.option(
+    "--n-ctx", type=click.IntRange(1), metavar="N", help="Context in tokens, shared by all slots."
+)
+@click.option(
+    "--slots", type=click.IntRange(1), metavar="N", help="Requests that are served at once."
+)
 @click.option(
     "--cpu-moe",
     callback=_parse_cpu_moe,
     metavar="auto|on|off|N",
     help="Experts in RAM: by free memory, all, none, or those of the first N layers.",
 )
-@click.option("--kv-type", type=click.Choice(_KV_TYPES), help="Type of the KV cache.")
+@kv_type_option
 @config_option
 @json_option
 def command(
@@ -162,16 +154,15 @@ def plan_options(
     config: Config, *, n_ctx: int | None, n_slots: int | None, cpu_moe: CpuMoe | None, kv_type: Any
 ) -> PlanOptions:
     """Return the options that the daemon would plan with, but for those given here."""
-    from shimpy.placement.placement import PlanOptions
+    from dataclasses import replace
 
-    configured = config.cpu_moe if config.n_cpu_moe is None else config.n_cpu_moe
-    return PlanOptions(
-        n_ctx=config.n_ctx if n_ctx is None else n_ctx,
-        n_slots=config.n_slots if n_slots is None else n_slots,
-        kv_type=config.kv_type if kv_type is None else kv_type,
-        load_mode=config.load_mode,
-        cpu_moe=configured if cpu_moe is None else cpu_moe,
-    )
+    from shimpy.placement.placement import PlanOptions
+    from shimpy.scheduler.loads import with_defaults
+
+    given = PlanOptions(n_ctx=n_ctx, n_slots=n_slots, kv_type=kv_type)
+    options = with_defaults(given, config)
+    # Here "auto" is an answer, too.
+    return options if cpu_moe is None else replace(options, cpu_moe=cpu_moe)
 
 
 def find_hardware(config: Config, *, vram: tuple[int, ...], ram: int | None) -> Hardware:

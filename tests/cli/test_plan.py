@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner, Result
 
 from shimpy.cli.errors import EXIT_USAGE
+from shimpy.cli.options import KV_TYPES
 from shimpy.cli.plan import command
+from shimpy.protocol.messages import KvType
+from tests.daemon import shimpy
 from tests.shapes import MODELS, write_gguf
 
 SUPPOSED = ("--vram", "8GiB", "--ram", "32GiB")
@@ -110,11 +111,15 @@ def test_what_fits_nowhere_is_explained_not_an_error(model_file: Path) -> None:
 def test_the_config_counts_where_no_option_is_given(
     model_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SHIMPY_N_CPU_MOE", "12")
+    monkeypatch.setenv("SHIMPY_N_CPU_MOE", "20")
     monkeypatch.setenv("SHIMPY_N_CTX", "2048")
     placement = as_json(model_file, *SUPPOSED)["placement"]
-    assert (placement["n_cpu_moe"], placement["n_ctx"]) == (12, 2048)
+    assert (placement["n_cpu_moe"], placement["n_ctx"]) == (20, 2048)
     assert as_json(model_file, *SUPPOSED, "--cpu-moe", "on")["placement"]["n_cpu_moe"] == 28
+    # "auto" is an option that is given, too.
+    chosen = as_json(model_file, *SUPPOSED, "--cpu-moe", "auto")["placement"]["n_cpu_moe"]
+    monkeypatch.delenv("SHIMPY_N_CPU_MOE")
+    assert chosen == as_json(model_file, *SUPPOSED)["placement"]["n_cpu_moe"] != 20
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,8 @@ def test_the_config_counts_where_no_option_is_given(
         (("--cpu-moe", "some"), "some"),
         (("--cpu-moe", "-1"), "-1"),
         (("--kv-type", "q9"), "q9"),
+        (("--n-ctx", "0"), "--n-ctx"),
+        (("--slots", "-2"), "--slots"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -136,17 +143,15 @@ def test_a_bad_value_is_a_usage_error(
     assert message in result.output
 
 
+def test_the_types_of_a_kv_cache_are_those_that_workers_know() -> None:
+    assert get_args(KvType) == KV_TYPES
+
+
 @pytest.mark.slow
 def test_this_machine_is_planned_for_without_a_daemon(model_file: Path, tmp_path: Path) -> None:
     """The whole program in a process of its own, with llama.cpp asked for its devices."""
-    done = subprocess.run(
-        [sys.executable, "-m", "shimpy", "plan", str(model_file), "--json"],
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-        env={**os.environ, "SHIMPY_HOME": str(tmp_path)},
-    )
+    env = {**os.environ, "SHIMPY_HOME": str(tmp_path)}
+    done = shimpy("plan", str(model_file), "--json", env=env)
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["host"]["available_bytes"] > 0
@@ -157,13 +162,7 @@ def test_this_machine_is_planned_for_without_a_daemon(model_file: Path, tmp_path
 
 @pytest.mark.slow
 def test_a_model_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "shimpy", "plan", "nothing-like-it", "--vram", "0", "--ram", "1G"],
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-        env={**os.environ, "SHIMPY_HOME": str(tmp_path)},
-    )
+    env = {**os.environ, "SHIMPY_HOME": str(tmp_path)}
+    done = shimpy("plan", "nothing-like-it", "--vram", "0", "--ram", "1G", env=env)
     assert done.returncode == 1
     assert 'there is no model "nothing-like-it' in done.stderr
