@@ -18,6 +18,21 @@ READY_TIMEOUT_S = 30.0
 _LOOK_S = 0.5
 
 
+def shimpy(
+    *args: str, env: Mapping[str, str] | None = None, stdin: str = "", timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, as a user would; `env` is all of its environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "shimpy", *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=env,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Daemon:
     """A running daemon: where it listens, its process, and the environment for its clients."""
@@ -36,15 +51,7 @@ class Daemon:
         self, *args: str, stdin: str = "", timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
         """Run a client command against this daemon."""
-        return subprocess.run(
-            [sys.executable, "-m", "shimpy", *args],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            env=self.env,
-        )
+        return shimpy(*args, env=self.env, stdin=stdin, timeout=timeout)
 
 
 def _first_state(ready: socket.socket, process: subprocess.Popen[bytes], log: Path) -> str:

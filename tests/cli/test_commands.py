@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.daemon import Daemon, running_daemon
+from tests.daemon import Daemon, running_daemon, shimpy
 from tests.synthetic import CHAIN_TEXT
 
 
@@ -154,15 +154,7 @@ def test_run_starts_a_daemon_where_none_answers(
         "SHIMPY_MODEL_DIRS": str(models),
         "SHIMPY_N_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "shimpy", "run", "chain", "hello"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env=env,
-    )
+    done = shimpy("run", "chain", "hello", env=env)
     match = re.search(r"started a daemon in the background \(pid (\d+), log (.*)\)", done.stderr)
     assert match is not None, done.stderr
     daemon = psutil.Process(int(match[1]))
@@ -183,14 +175,6 @@ def test_a_daemon_that_cannot_start_says_why(tmp_path: Path, unused_tcp_port: in
         "SHIMPY_HOST": f"127.0.0.1:{unused_tcp_port}",
         "SHIMPY_LOAD_TIMEOUT": "soon",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "shimpy", "run", "chain", "hello"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env=env,
-    )
+    done = shimpy("run", "chain", "hello", env=env)
     assert done.returncode == 2
     assert "SHIMPY_LOAD_TIMEOUT" in done.stderr

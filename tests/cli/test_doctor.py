@@ -14,6 +14,7 @@ import pytest
 from shimpy.cli import checks
 from shimpy.cli.checks import check_disk, check_folder, check_hub, check_port, check_writable
 from shimpy.config import Config
+from tests.daemon import shimpy
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
@@ -97,14 +98,7 @@ def test_the_hub_is_left_alone_when_offline() -> None:
 def test_the_command_ends_with_1_when_something_failed(tmp_path: Path) -> None:
     (tmp_path / "data").touch()
     env = {**os.environ, "SHIMPY_HOME": str(tmp_path), "SHIMPY_OFFLINE": "on"}
-    done = subprocess.run(
-        [sys.executable, "-m", "shimpy", "doctor", "--json", "--as", "root"],
-        env=env | {"SHIMPY_BIND": "127.0.0.1:0"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=50,
-    )
+    done = shimpy("doctor", "--json", "--as", "root", env=env | {"SHIMPY_BIND": "127.0.0.1:0"})
     assert done.returncode == 1, done.stderr
     failed = [f["check"] for f in json.loads(done.stdout) if f["verdict"] == "failed"]
     assert f"own folder {tmp_path / 'data'}" in failed

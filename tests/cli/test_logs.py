@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shimpy.cli.logs import format_line, is_about, parse_line
+from tests.daemon import shimpy
 
 LINES = [
     {"event": "listening", "level": "info", "timestamp": "T1", "urls": ["http://x"]},
@@ -20,14 +21,7 @@ LINES = [
 
 
 def run(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "shimpy", "logs", *args],
-        env={**os.environ, "SHIMPY_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=50,
-    )
+    return shimpy("logs", *args, env={**os.environ, "SHIMPY_HOME": str(home)})
 
 
 @pytest.fixture

@@ -13,18 +13,7 @@ from click.testing import CliRunner
 from shimpy.cli.main import ALIASES, COMMANDS, cli
 from shimpy.cli.run import parse_options
 from shimpy.errors import InvalidOptionError
-
-
-def shimpy(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "shimpy", *args],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env=env,
-    )
+from tests.daemon import shimpy
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,10 +176,7 @@ def test_what_was_left_unfinished_long_ago_goes_at_the_next_start(tmp_path: Path
 
 def test_a_second_daemon_names_the_first_and_leaves(daemon: Daemon) -> None:
     """Two that write to one store would lose each other's models."""
-    done = subprocess.run(
-        [sys.executable, "-m", "shimpy", "serve", "--bind", "127.0.0.1:0"],
-        env=daemon.env, capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+    done = daemon.shimpy("serve", "--bind", "127.0.0.1:0")
     assert done.returncode == 1
     assert str(daemon.process.pid) in done.stderr
     assert str(Path(daemon.env["SHIMPY_HOME"]) / "data" / "store") in done.stderr
