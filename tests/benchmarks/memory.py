@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--squeeze", type=float, nargs="+", default=[], metavar="GIB")
     parser.add_argument("--heavy", action="store_true", help="16 streams on each, too")
     parser.add_argument("--load-mode", choices=["mmap", "locked"], help="mmap loads sooner")
+    parser.add_argument("--threads", type=int, help="of each worker; as the daemon finds it best")
     parser.add_argument("--state", type=Path, help="a folder that is kept")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -206,7 +207,7 @@ def main() -> None:
     layers = describe_model(read_header(model)).layers
     with (
         _state(arguments.state) as state,
-        running_daemon(state, model.parent, *flags, threads=None) as daemon,
+        running_daemon(state, model.parent, *flags, threads=arguments.threads) as daemon,
     ):
         sweep = Sweep(
             daemon=daemon,
