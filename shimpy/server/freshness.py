@@ -7,6 +7,7 @@ in a thread. Whoever needs a scan while one runs joins it.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,9 +157,13 @@ class FreshRegistry:
 def _is_current(model: Model) -> bool:
     """Whether the model's files are those that were scanned; touches the disk."""
     try:
-        stats = [path.stat() for path in model.files]
+        stats = [os.stat(path) for path in model.files]  # noqa: PTH116 - for each request
     except OSError:
         return False
+    if len(stats) == 1:
+        # Mostly.
+        (stat,) = stats
+        return stat.st_size == model.size_bytes and stat.st_mtime == model.modified_s
     size = sum(stat.st_size for stat in stats)
     return size == model.size_bytes and max(stat.st_mtime for stat in stats) == model.modified_s
 

@@ -68,10 +68,14 @@ async def prepare_request(services: Services, model: Model, request: GenerationR
     """Return what the worker is told; errors as `prompts.prepare`."""
     services.scheduler.foresee(model)
     card = await services.cards.get(model)
-    asked, now = with_settings(request, model), datetime.now().astimezone()
+    asked = with_settings(request, model)
     if is_short(asked):
-        return prepare(asked, model, card, now)
-    return await asyncio.to_thread(prepare, asked, model, card, now)
+        return prepare(asked, model, card, _local_now)
+    return await asyncio.to_thread(prepare, asked, model, card, _local_now)
+
+
+def _local_now() -> datetime:
+    return datetime.now().astimezone()
 
 
 async def generate_on(

@@ -78,8 +78,10 @@ def is_short(request: GenerationRequest) -> bool:
             return False
 
 
-def prepare(request: GenerationRequest, model: Model, card: ModelCard, now: datetime) -> Prepared:
-    """Return a request as a Submit and the parser of its answer; `now` is for templates.
+def prepare(
+    request: GenerationRequest, model: Model, card: ModelCard, clock: Callable[[], datetime]
+) -> Prepared:
+    """Return a request as a Submit and the parser of its answer; `clock` is for templates.
 
     Raises:
         UnsupportedError: the model lacks a capability that the request needs.
@@ -88,7 +90,7 @@ def prepare(request: GenerationRequest, model: Model, card: ModelCard, now: date
     if request.think_is_hint and not card.template.supports_thinking:
         request = replace(request, think=None)
     check_capabilities(request, model, card)
-    form = _render(request, card, now)
+    form = _render(request, card, clock)
     options = request.options
     n_keep = options.n_keep
     submit = Submit(
@@ -144,7 +146,7 @@ def check_capabilities(request: GenerationRequest, model: Model, card: ModelCard
             raise UnsupportedError(f'"{model.name}" does not support vision')
 
 
-def _render(request: GenerationRequest, card: ModelCard, now: datetime) -> _Form:
+def _render(request: GenerationRequest, card: ModelCard, clock: Callable[[], datetime]) -> _Form:
     prompt = request.prompt
     match prompt:
         case PlainPrompt(text=text):
@@ -158,7 +160,7 @@ def _render(request: GenerationRequest, card: ModelCard, now: datetime) -> _Form
         case GapPrompt():
             return _Form(rendered=Rendered(parts=_gap_parts(prompt, card)))
         case ChatPrompt():
-            return _render_chat(request, prompt, card, now)
+            return _render_chat(request, prompt, card, clock)
 
 
 def _mixed(pieces: Sequence[str | tuple[int, ...]], card: ModelCard) -> Rendered:
@@ -192,7 +194,10 @@ def _shortener(prompt: GapPrompt, card: ModelCard) -> Callable[[int], list[Promp
 
 
 def _render_chat(
-    request: GenerationRequest, prompt: ChatPrompt, card: ModelCard, now: datetime
+    request: GenerationRequest,
+    prompt: ChatPrompt,
+    card: ModelCard,
+    clock: Callable[[], datetime],
 ) -> _Form:
     template = card.template
     if prompt.template is not None:
@@ -204,7 +209,7 @@ def _render_chat(
     tools = prompt.offered_tools
     rendered = template.render(
         prompt.messages,
-        now=now,
+        now=clock(),
         tools=tools,
         continue_final=prompt.continues,
         think=request.think,

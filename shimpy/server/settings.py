@@ -66,6 +66,8 @@ def plan_options(model: Model, asked: PlanOptions | None = None) -> PlanOptions:
     """Return how a model is to be loaded: what was asked for, else what is set about it."""
     asked = asked or PlanOptions()
     settings = model.settings
+    if settings.is_empty:
+        return asked
     options = options_of(settings)
     cpu_moe = asked.cpu_moe
     if cpu_moe == "auto" and settings.cpu_moe is not None:

@@ -192,7 +192,8 @@ class _Pinger:
     def __init__(self, stream: _Stream) -> None:
         self._stream = stream
         self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_at(stream.last_write_s + PING_AFTER_S, self._look)
+        # Once the request is on its way: what is done before that, its client waits for.
+        self._timer: asyncio.Handle = self._loop.call_soon(self._look)
         self._pinging: asyncio.Future[None] | None = None
 
     def _look(self) -> None:

@@ -47,16 +47,15 @@ def parse_sampling(
     Raises:
         InvalidOptionError: a value of a wrong type or out of range; `option` names it.
     """
-    given: dict[str, Any] = {name: getattr(body, name) for name in _NUMBERS}
     values: dict[str, Any] = {}
-    for name, wire_name, value in (
-        *((name, name, value) for name, value in given.items()),
-        ("n_predict", *max_tokens),
-        ("n_logprobs", *n_logprobs),
-    ):
-        if value is not None:
-            check_number(name, wire_name, value)
+    for name in _NUMBERS:
+        if (value := getattr(body, name)) is not None:
+            check_number(name, name, value)
             values[name] = value
+    for name, (wire_name, count) in (("n_predict", max_tokens), ("n_logprobs", n_logprobs)):
+        if count is not None:
+            check_number(name, wire_name, count)
+            values[name] = count
     if body.stop is not None:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop
         values["stop"] = check_stop("stop", stop)
