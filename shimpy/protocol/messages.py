@@ -145,6 +145,8 @@ class Load(_Message, frozen=True):
     prefix_dir: str = ""
     # Bytes that all models' states together may take there.
     prefix_cache_bytes: int = 0
+    # Bytes of RAM that the states of idle slots may take beside the KV cache.
+    parked_cache_bytes: int = 0
     # What tells the model from every other.
     digest: str = ""
 
@@ -310,10 +312,13 @@ class Failed(_Message, frozen=True):
     n_ctx: int = 0
 
 
+StepEvent = Delta | Prefilled | Done | Failed
+
+
 class Events(_Message, frozen=True):
     """All that one step of the engine has to say: one frame a step, not one a token."""
 
-    events: list[Delta | Prefilled | Done | Failed]
+    events: list[StepEvent]
 
 
 class Embedded(_Message, frozen=True):
@@ -341,6 +346,8 @@ class Stats(_Message, frozen=True):
     n_busy: int
     n_waiting: int
     n_kv_used: int
+    # RAM that states of idle slots take beside the KV cache.
+    parked_bytes: int = 0
 
 
 class PrefixNews(_Message, frozen=True):

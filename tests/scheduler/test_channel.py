@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from shimpy.protocol.messages import Delta, Prefilled, StepEvent
 from shimpy.scheduler.channel import WorkerChannel
+from shimpy.scheduler.worker import sooner_first
 
 
 async def open_channel(
@@ -71,3 +73,11 @@ async def test_what_can_not_be_taken_ends_it() -> None:
     with pytest.raises(ValueError, match="nonsense"):
         await channel.wait_closed()
     theirs.close()
+
+
+def test_who_waits_for_a_first_token_is_told_before_all_others() -> None:
+    """And what is told of one request stays in its order."""
+    old, new = Delta(1, "old", 1), Delta(2, "new", 1)
+    later: list[StepEvent] = [old, Prefilled(2, 9, 0), new]
+    assert sooner_first(later) == [Prefilled(2, 9, 0), new, old]
+    assert sooner_first([old, new]) == [old, new]
