@@ -17,7 +17,7 @@ from shimpy.scheduler.core import SchedulerCore
 from shimpy.scheduler.crew import Crew
 from shimpy.scheduler.exits import WorkerExit
 from shimpy.scheduler.lease import Lease
-from shimpy.scheduler.loads import load_message, with_prefixes
+from shimpy.scheduler.loads import load_message, with_parked, with_prefixes
 from shimpy.scheduler.reports import HistoryEvent, Journal
 from shimpy.scheduler.states import RequestId, WorkerId
 from shimpy.scheduler.surveyor import Surveyor
@@ -58,6 +58,8 @@ class Executor:
         self._spawn = spawn
         self._answer = answer
         self._timer: TimerHandle | None = None
+        # When that goes off.
+        self._timer_s: float | None = None
 
     def carry_out(self, effects: Sequence[fx.Effect]) -> None:
         """Carry out an event's effects, in their order, before anything else runs."""
@@ -108,7 +110,7 @@ class Executor:
         """Let no more time pass for the core."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+            self._timer = self._timer_s = None
 
     def _is_asked(self) -> bool:
         """Whether a request waits for a model."""
@@ -117,12 +119,16 @@ class Executor:
     # --- time and hardware ----------------------------------------------------------------
 
     def _arm_timer(self) -> None:
-        self.disarm()
         when_s = self._core.next_deadline_s
+        if when_s == self._timer_s:
+            return
+        self.disarm()
         if when_s is not None:
             self._timer = self._clock.call_at(when_s, self._on_timer)
+            self._timer_s = when_s
 
     def _on_timer(self) -> None:
+        self._timer = self._timer_s = None
         self.carry_out(self._core.on_timer(self._clock.now()))
 
     async def _probe_hardware(self) -> None:
@@ -167,6 +173,7 @@ class Executor:
                 self.journal.add(event)
 
         load = load_message(start.model, start.rung, start.n_threads)
+        load = with_parked(load, start.rung, self._config)
         task = Task(
             name=name,
             load=with_prefixes(load, start.model, self._config),
