@@ -201,6 +201,13 @@ class Config:
         "SIZE",
         "Disk for the KV caches of unloaded models, which hold prompts; 0: nothing is kept.",
     )
+    parked_cache_size: int = _setting(
+        1 * GIB,
+        parse_size,
+        "SIZE",
+        "RAM for each model's caches of earlier prompts, where they would slow down others in the "
+        "KV cache (on CPUs); at most a quarter of what its load leaves; 0: none.",
+    )
     log_level: LogLevel = _setting(
         "info",
         parse_choice(*get_args(LogLevel)),

@@ -23,7 +23,9 @@ from shimpy.engine.backend import Backend
 from shimpy.engine.channel import Channel
 from shimpy.engine.intake import Intake
 from shimpy.engine.loop import Engine
+from shimpy.engine.parked import ParkedPrefixes, can_park
 from shimpy.engine.prefix_store import PrefixStore
+from shimpy.engine.prefixes import SavedPrefixes
 from shimpy.errors import LoadError, ProtocolError, ShimpyError
 from shimpy.protocol.messages import (
     PROTOCOL_VERSION,
@@ -132,6 +134,7 @@ def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
     embeds = load.embedding or backend.has_encoder
     intake.serve(backend, embeds=embeds)
     channel.send(_ready(backend, time.monotonic() - started_s))
+    prefixes = _open_prefixes(load, backend, channel) if load.prefix_dir and not embeds else None
     engine = Engine(
         backend,
         inbox=intake.inbox,
@@ -139,7 +142,8 @@ def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
         clock=time.monotonic,
         n_ubatch=load.n_ubatch,
         embeds=embeds,
-        prefixes=_open_prefixes(load, backend, channel) if load.prefix_dir and not embeds else None,
+        prefixes=prefixes,
+        parked=None if embeds else _open_parked(load, backend, prefixes),
         # Flash attention skips what a token does not see.
         attends_idle=load.flash_attn == "off",
     )
@@ -156,6 +160,18 @@ def _open_prefixes(load: Load, backend: Backend, channel: Channel) -> PrefixStor
     except FileNotFoundError:
         # The model's file went away as it was loaded.
         return None
+
+
+def _open_parked(
+    load: Load, backend: Backend, prefixes: PrefixStore | None
+) -> ParkedPrefixes | None:
+    if not load.parked_cache_bytes or not can_park():
+        return None
+    if prefixes is None:
+        saved = SavedPrefixes(whole=backend.state_is_whole, can_cut=backend.can_split)
+    else:
+        saved = prefixes.saved
+    return ParkedPrefixes(backend, saved, limit=load.parked_cache_bytes)
 
 
 class _Progress:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 from shimpy.engine.backend import Chunk
 from shimpy.engine.pace import Pace
-from shimpy.engine.prefixes import Save, SavedPrefix, SavedPrefixes
-from shimpy.engine.sequence import KvOp, Match, Sequence
+from shimpy.engine.parking import Parking, without_strewn
+from shimpy.engine.prefixes import MIN_PARKED_GAIN, Save, SavedPrefix, SavedPrefixes
+from shimpy.engine.sequence import IdleCache, KvOp, Match, Sequence
 from shimpy.engine.slots import Slots
 
 # Room for this many new tokens is wanted before a sequence is admitted.
@@ -43,6 +45,19 @@ class Restore:
     prefix: SavedPrefix
 
 
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Instead of a batch: copy to RAM what an idle slot holds, after the KV operations.
+
+    These are its tokens then; `covers` are parked prefixes that the copy makes needless.
+    """
+
+    ops: list[KvOp]
+    slot: int
+    tokens: list[int]
+    covers: list[SavedPrefix]
+
+
 class Batcher:
     """The queue, the running sequences and their slots."""
 
@@ -57,11 +72,13 @@ class Batcher:
         can_shift: bool,
         saved: SavedPrefixes | None = None,
         attends_idle: bool = False,
+        can_park: bool = False,
     ) -> None:
         """Start with empty slots.
 
         `saved`: the prefixes that can be restored; the caller adds and discards them.
-        `attends_idle`: what idle slots hold slows down those that are busy.
+        `attends_idle`: what idle slots hold slows down those that are busy. `can_park`: it can
+        be copied to RAM, for which the batcher then asks.
         """
         self._n_ctx = n_ctx
         # Of these cells, those that one sequence may take.
@@ -69,6 +86,7 @@ class Batcher:
         self._n_batch = n_batch
         self._can_shift = can_shift
         self._attends_idle = attends_idle
+        self._parking = Parking() if attends_idle and can_park else None
         self._saved = SavedPrefixes(whole=True) if saved is None else saved
         self._pace = Pace(n_batch)
         # A batch has room for one token of each sequence.
@@ -121,11 +139,14 @@ class Batcher:
             starts = [chunk.start for chunk in batch.chunks if len(chunk.tokens) > 1]
             depth = max(starts, default=0)
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=depth)
+        if self._parking is not None:
+            self._parking.on_batch(elapsed_s)
         grow = self._slots.cells.grow
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
             n = len(chunk.tokens)
             sequence.n_kv += n
             grow(chunk.slot, n)
+        self._slots.n_mixed += len(batch.chunks) > 1
 
     def on_token(self, sequence: Sequence, token: int) -> bool:
         """Append a sampled token; return whether the sequence may go on after it."""
@@ -161,6 +182,12 @@ class Batcher:
         tokens = restore.prefix.tokens.tolist()
         self._slots.on_restored(restore.slot, tokens, whole=self._saved.whole)
 
+    def on_parked(self, park: Park, elapsed_s: float, *, is_kept: bool) -> None:
+        """Note whether a cache was copied, and how long that took."""
+        self._slots.settle(park.slot, is_spare=is_kept)
+        if self._parking is not None and (self._running or self._waiting):
+            self._parking.on_copy(elapsed_s)
+
     def finish(self, sequence: Sequence, *, keep_kv: bool = True) -> None:
         """Take a sequence out, wherever it is; its KV stays for later prompts."""
         self._is_blocked = False
@@ -183,22 +210,89 @@ class Batcher:
         assert not self._running
         saves = self._saved.choose_saves(self._slots.idle_caches())
         for save in saves:
-            self._slots.cut(save.slot, len(save.tokens))
+            if save.slot is not None:
+                self._slots.cut(save.slot, len(save.tokens))
         return self._slots.take_ops(), saves
+
+    # --- idle caches ---
+
+    @property
+    def may_copy(self) -> bool:
+        """Whether nothing runs, and there may be something to copy to RAM."""
+        return (
+            self._parking is not None
+            and not self._running
+            and not self._waiting
+            and bool(self._slots.unsettled())
+        )
+
+    def next_copy(self) -> Park | None:
+        """Return what to copy to RAM while nothing runs; None: there is nothing, or none may be.
+
+        What would have to be cut for it stays whole, for whoever goes on from its end.
+        """
+        if self._parking is None or not self.may_copy:
+            return None
+        self._parking.on_quiet()
+        return self._choose_copy(self._slots.unsettled(), may_cut=False)
+
+    def _copy_emptied(self, match: Match, *, for_restore: bool = False) -> Park | None:
+        """Return the copy to make before the next in the queue gets a slot, of what that holds."""
+        if self._parking is None:
+            return None
+        emptied = self._slots.next_emptied(match, for_restore=for_restore)
+        caches = [cache for cache in self._slots.unsettled() if cache.slot == emptied]
+        if not self._parking.is_due:
+            caches = [without_strewn(cache) for cache in caches]
+        return self._choose_copy(caches, may_cut=True)
+
+    def _copy_beside(self) -> Park | None:
+        """Return what to copy to RAM before the next batch."""
+        if self._parking is None or not self._slots.is_unsettled or not self._parking.is_due:
+            return None
+        if not self._running and not self._waiting:
+            return None
+        return self._choose_copy(self._slots.unsettled(but=self._wanted()), may_cut=True)
+
+    def _choose_copy(self, caches: list[IdleCache], *, may_cut: bool) -> Park | None:
+        for cache in caches:
+            tokens = self._saved.worth_parking(cache)
+            if not tokens:
+                self._slots.settle(cache.slot, is_spare=True)
+            elif may_cut or len(tokens) == len(cache.tokens):
+                self._slots.cut(cache.slot, len(tokens))
+                covers = self._saved.covered(tokens)
+                return Park(self._slots.take_ops(), cache.slot, tokens, covers)
+        return None
+
+    def _drop_idle(self) -> None:
+        """Let idle slots cost what runs nothing, or little."""
+        if self._parking is not None and self._slots.is_unsettled and self._running:
+            self._slots.drop_spare(but=self._wanted())
+
+    def _wanted(self) -> set[int]:
+        """Return the slots whose caches the next in the queue go on from."""
+        matches = map(self._slots.best_match, islice(self._waiting, self._slots.n))
+        return {
+            match.source.id
+            for match in matches
+            if match.source is not None and match.n_now >= MIN_PARKED_GAIN
+        }
 
     # --- the next batch ---
 
-    def next_batch(self, now: float) -> Batch | Restore | None:
-        """Return what to decode next, or to restore before; None: nothing runs, nothing waits.
+    def next_batch(self, now: float) -> Batch | Restore | Park | None:
+        """Return what to decode next, or to do before; None: nothing runs, nothing waits.
 
         The same batch may be asked for again after on_kv_full or on_kv_refused.
         """
         # In this order: a leader's tokens must not move before its followers share them.
         self._attach_followers()
         self._shift_full()
-        restore = self._admit(now)
-        if restore is not None:
-            return restore
+        before = self._copy_beside() or self._admit(now)
+        if before is not None:
+            return before
+        self._drop_idle()
         while self._running:
             generating, prefilling = self._ready()
             n_prefill = self._make_room(generating, prefilling)
@@ -224,8 +318,11 @@ class Batcher:
             self._slots.shift(sequence, sequence.n_keep)
         self._full.clear()
 
-    def _admit(self, now: float) -> Restore | None:
-        """Give slots to those that wait; the next in the queue may want a prefix restored first."""
+    def _admit(self, now: float) -> Restore | Park | None:
+        """Give slots to those that wait; the next in the queue may want a prefix restored first.
+
+        Or the slot that it gets has to be copied before.
+        """
         while self._waiting and not self._is_blocked and self._slots.has_idle:
             sequence = self._waiting[0]
             match = self._slots.best_match(sequence)
@@ -233,14 +330,18 @@ class Batcher:
             if prefix is not None:
                 if self._running and not self._may_restore:
                     return None
-                return self._plan_restore(sequence, prefix)
+                return self._copy_emptied(match, for_restore=True) or self._plan_restore(
+                    sequence, match, prefix
+                )
             if not self._fits(sequence, match):
                 self._is_blocked = True
                 return None
+            if (park := self._copy_emptied(match)) is not None:
+                return park
             self._waiting.popleft()
             self._slots.place(sequence, match)
             self._running.append(sequence)
-            if self._attends_idle:
+            if self._attends_idle and (self._parking is None or self._slots.has_refused):
                 self._slots.thin_idle()
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
@@ -261,10 +362,10 @@ class Batcher:
         has_room = self._slots.n_cells_busy() + len(prefix.tokens) <= self._n_ctx
         return prefix if has_room and self._fits(sequence, Match()) else None
 
-    def _plan_restore(self, sequence: Sequence, prefix: SavedPrefix) -> Restore:
+    def _plan_restore(self, sequence: Sequence, match: Match, prefix: SavedPrefix) -> Restore:
         sequence.is_sought = True
         self._may_restore = False
-        slot = self._slots.make_way(sequence, len(prefix.tokens))
+        slot = self._slots.make_way(match, len(prefix.tokens))
         return Restore(self._slots.take_ops(), slot, prefix)
 
     def _fits(self, sequence: Sequence, match: Match) -> bool:

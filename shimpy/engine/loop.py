@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import Final, assert_never
 
 from shimpy.engine.backend import Backend, DecodeStatus, n_ctx_seq
-from shimpy.engine.batcher import Batch, Batcher, Restore
+from shimpy.engine.batcher import Batch, Batcher, Park, Restore
 from shimpy.engine.embeddings import Embeddings
 from shimpy.engine.generation import Generation, Pieces
 from shimpy.engine.intake import Inbox, Inputs, Prompted, Work
+from shimpy.engine.parked import ParkedPrefixes
+from shimpy.engine.parking import QUIET_S
 from shimpy.engine.prefix_store import PrefixStore
 from shimpy.engine.sequence import KvCopy, KvOp, KvRemove, KvShift, Sequence
 from shimpy.engine.text_embeddings import TextEmbeddings
@@ -54,14 +56,17 @@ class Engine:
         n_ubatch: int = 512,
         embeds: bool = False,
         prefixes: PrefixStore | None = None,
+        parked: ParkedPrefixes | None = None,
         attends_idle: bool = False,
     ) -> None:
         """Start idle; no batch is longer than the backend's `n_ubatch`.
 
         llama.cpp would only cut it up, and a cancel or a newcomer would wait for all of it.
         `embeds`: the model was loaded for embeddings. `prefixes`: where those of prompts
-        outlive the process. `attends_idle`: what idle slots hold slows down the others.
+        outlive the process. `parked`: where those of idle slots wait in RAM; both have the same
+        list of them. `attends_idle`: what idle slots hold slows down the others.
         """
+        store = prefixes or parked
         self._backend = backend
         self._inbox = inbox
         self._send = send
@@ -73,10 +78,12 @@ class Engine:
             n_batch=min(backend.n_batch, max(n_ubatch, backend.n_slots)),
             can_split=backend.can_split,
             can_shift=backend.can_shift,
-            saved=None if prefixes is None else prefixes.saved,
+            saved=None if store is None else store.saved,
             attends_idle=attends_idle,
+            can_park=parked is not None,
         )
         self._prefixes = prefixes
+        self._parked = parked
         self._embeddings = Embeddings(backend)
         self._texts = TextEmbeddings(backend, self._batcher)
         self._embeds = embeds
@@ -110,6 +117,8 @@ class Engine:
                 self._run(batch, now)
             case Restore() as restore:
                 self._restore(restore)
+            case Park() as park:
+                self._park(park)
             case None if self._embeddings:
                 for answer in self._embeddings.step():
                     self._send(answer)
@@ -118,7 +127,17 @@ class Engine:
     # --- in ---
 
     def _wait(self) -> None:
-        """Block until something arrives, or until the last change of Stats may be sent."""
+        """Block until something arrives, or until the last change of Stats may be sent.
+
+        In between copy what idles, a slot at a time: whoever comes then waits for no more.
+        """
+        if self._batcher.may_copy:
+            with contextlib.suppress(queue.Empty):
+                self._on_work(self._inbox.get(timeout=QUIET_S))
+                return
+            if (park := self._batcher.next_copy()) is not None:
+                self._park(park)
+                return
         timeout = None
         if self._measure() != self._stats:
             timeout = max(0.0, self._stats_sent_s + STATS_INTERVAL_S - self._clock())
@@ -188,11 +207,23 @@ class Engine:
             self._fail_batch(batch, WorkerError("llama.cpp gave up in the middle of a batch"))
 
     def _restore(self, restore: Restore) -> None:
-        assert self._prefixes is not None, "only what the store knows is restored"
+        store = self._parked if restore.prefix.is_parked else self._prefixes
+        assert store is not None, "only what a store knows is restored"
         if not all(map(self._apply, restore.ops)):
             self._batcher.on_kv_refused()
-        elif self._prefixes.restore(restore.prefix, restore.slot):
+        elif store.restore(restore.prefix, restore.slot):
             self._batcher.on_restored(restore)
+
+    def _park(self, park: Park) -> None:
+        assert self._parked is not None, "nothing is parked without a place for it"
+        started_s = self._clock()
+        if not all(map(self._apply, park.ops)):
+            self._batcher.on_kv_refused()
+            return
+        for prefix in park.covers:
+            self._parked.discard(prefix)
+        is_kept = self._parked.park(park.slot, park.tokens)
+        self._batcher.on_parked(park, self._clock() - started_s, is_kept=is_kept)
 
     def _save(self) -> None:
         """Save what the slots hold, now that nothing runs."""
@@ -200,7 +231,7 @@ class Engine:
             return
         ops, saves = self._batcher.plan_saves()
         if all(map(self._apply, ops)):
-            self._prefixes.save(saves, self._save_s)
+            self._prefixes.save(saves, self._save_s, self._parked)
 
     def _apply(self, op: KvOp) -> bool:
         match op:
@@ -324,4 +355,5 @@ class Engine:
 
     def _measure(self) -> Stats:
         batcher = self._batcher
-        return Stats(batcher.n_running, batcher.n_waiting, batcher.n_kv_used)
+        parked_bytes = 0 if self._parked is None else self._parked.n_bytes
+        return Stats(batcher.n_running, batcher.n_waiting, batcher.n_kv_used, parked_bytes)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from shimpy.engine.backend import Backend
+from shimpy.engine.parked import ParkedPrefixes
 from shimpy.engine.prefix_file import (
     KEY_BYTES,
     PrefixFileError,
@@ -93,8 +94,8 @@ class PrefixStore:
         self._tell("restored", prefix, time.monotonic() - started_s)
         return True
 
-    def save(self, saves: list[Save], limit_s: float) -> None:
-        """Write slots' states, the first ones first, as far as time and room allow.
+    def save(self, saves: list[Save], limit_s: float, parked: ParkedPrefixes | None = None) -> None:
+        """Write slots' states and parked ones, the first ones first, as time and room allow.
 
         The process ends where this takes too long: it is about to end anyway.
         """
@@ -105,7 +106,7 @@ class PrefixStore:
         alarm.start()
         try:
             with _locked(self._root):
-                self._save_all(saves, limit_s)
+                self._save_all(saves, limit_s, parked)
         except OSError as error:
             self._send(PrefixNews("skipped", len(saves[0].tokens), 0, reason=str(error)))
         finally:
@@ -122,12 +123,12 @@ class PrefixStore:
 
     # --- saving ---
 
-    def _save_all(self, saves: list[Save], limit_s: float) -> None:
+    def _save_all(self, saves: list[Save], limit_s: float, parked: ParkedPrefixes | None) -> None:
         until_s = time.monotonic() + limit_s
         bytes_per_s = _BYTES_PER_S
         for rank, save in enumerate(saves):
             started_s = time.monotonic()
-            n_state = self._backend.state_bytes(save.slot)
+            n_state = self._state_bytes(save)
             n_bytes = file_bytes(n_state, len(save.tokens))
             counted_s = time.monotonic() - started_s
             needed_s = n_bytes / bytes_per_s + _WRITE_PER_COUNT * counted_s
@@ -136,7 +137,7 @@ class PrefixStore:
                 self._send(PrefixNews("skipped", len(save.tokens), n_bytes, reason=reason))
                 continue
             try:
-                prefix = self._save(save, n_bytes, rank)
+                prefix = self._save(save, n_bytes, rank, parked)
             except (PrefixFileError, OSError) as error:
                 self._send(PrefixNews("skipped", len(save.tokens), n_bytes, reason=str(error)))
                 continue
@@ -145,7 +146,15 @@ class PrefixStore:
             if took_s > _TELLING_S:
                 bytes_per_s = prefix.n_bytes / took_s
 
-    def _save(self, save: Save, n_bytes: int, rank: int) -> SavedPrefix:
+    def _state_bytes(self, save: Save) -> int:
+        if save.parked is not None:
+            return save.parked.n_bytes
+        assert save.slot is not None
+        return self._backend.state_bytes(save.slot)
+
+    def _save(
+        self, save: Save, n_bytes: int, rank: int, parked: ParkedPrefixes | None
+    ) -> SavedPrefix:
         tokens = array("i", save.tokens)
         self._folder.mkdir(exist_ok=True, mode=_FOLDER_MODE)
         if not self._make_room(n_bytes):
@@ -154,7 +163,7 @@ class PrefixStore:
         self._part = part = self._folder / (name + _PART)
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
         try:
-            self._write(save.slot, part, fd)
+            self._write(save, part, fd, parked)
             n_file = seal(fd, key=self._key, tokens=tokens)
             # Those that were used longer ago are the first to go again.
             used_s = time.time() - rank
@@ -172,8 +181,13 @@ class PrefixStore:
         self.saved.add(prefix)
         return prefix
 
-    def _write(self, slot: int, part: Path, fd: int) -> None:
-        n_written = self._backend.save_state(slot, str(part))
+    def _write(self, save: Save, part: Path, fd: int, parked: ParkedPrefixes | None) -> None:
+        if save.parked is not None:
+            assert parked is not None, "who has it writes it"
+            parked.write(save.parked, fd)
+            return
+        assert save.slot is not None
+        n_written = self._backend.save_state(save.slot, str(part))
         # It does not look whether its last bytes reached the disk.
         if not n_written or os.fstat(fd).st_size != n_written:
             raise PrefixFileError("llama.cpp did not write it: the disk may be full")

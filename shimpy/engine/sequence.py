@@ -99,6 +99,13 @@ class Slot:
     # left the sliding windows at their end.
     n_whole: int = 0
     last_used: int = 0
+    # Batches that it was in together with others: cells that were filled in them lie apart.
+    n_strewn: int = 0
+    # The number of such batches before its sequence came.
+    n_mixed_before: int = 0
+    # Whether what an idle slot holds may go from the KV cache and comes back: it was copied, or
+    # is not worth a copy. None: not looked at; False: there was no room for a copy.
+    is_spare: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,8 @@ class IdleCache:
     slot: int
     tokens: list[int]
     n_prompt: int
+    # As Slot.n_strewn.
+    n_strewn: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ loop to carry out before the next decode; the books run ahead of the cache by no
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 
 from shimpy.engine.cells import Cells
@@ -40,11 +41,25 @@ class Slots:
         self._can_split = can_split
         self._ops: list[KvOp] = []
         self._tick = 0
+        # Idle slots may hold something that was not looked at yet, or is to be dropped.
+        self.is_unsettled = False
+        # Batches of more than one sequence.
+        self.n_mixed = 0
+
+    @property
+    def n(self) -> int:
+        """How many there are."""
+        return len(self._slots)
 
     @property
     def has_idle(self) -> bool:
         """Whether a sequence can be placed."""
         return any(slot.sequence is None for slot in self._slots)
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether an idle slot holds what there was no room for a copy of."""
+        return any(slot.tokens and slot.is_spare is False for slot in self._slots)
 
     def take_ops(self) -> list[KvOp]:
         """Return the operations noted since the last call."""
@@ -95,6 +110,13 @@ class Slots:
 
     # --- placing ---
 
+    def next_emptied(self, match: Match, *, for_restore: bool) -> int | None:
+        """Return the slot that place() or make_way() would empty; None: it takes one over."""
+        spare = self._least_recent(but=match.source)
+        if not for_restore and self._is_taken_over(match, spare):
+            return None
+        return None if spare is None else spare.id
+
     def place(self, sequence: Sequence, match: Match) -> None:
         """Give a sequence an idle slot and the prefix that was found for it.
 
@@ -105,8 +127,7 @@ class Slots:
         """
         source = match.source
         spare = self._least_recent(but=source)
-        is_idle = source is not None and source.sequence is None
-        if source and is_idle and (spare is None or 2 * match.n_now >= len(source.tokens)):
+        if source is not None and self._is_taken_over(match, spare):
             self._cut(source, match.n_now)
             self._occupy(source, sequence)
             self._count_reused(sequence, match.n_now)
@@ -141,6 +162,9 @@ class Slots:
         slot.tokens = sequence.tokens[: sequence.n_kv]
         slot.n_prompt = min(sequence.n_prompt, sequence.n_kv)
         slot.last_used = self._tick
+        slot.n_strewn += self.n_mixed - slot.n_mixed_before
+        slot.is_spare = None
+        self.is_unsettled = True
         sequence.slot = sequence.leader = None
         sequence.n_kv = 0
 
@@ -163,19 +187,47 @@ class Slots:
             if slot.sequence is not None:
                 slot.sequence.n_kv = 0
 
-    # --- what is saved and restored ---
+    # --- what is saved, parked and restored ---
 
     def idle_caches(self) -> list[IdleCache]:
         """Return what the idle slots hold that another prompt can use, the last used first."""
-        slots = sorted(self._slots, key=lambda slot: slot.last_used, reverse=True)
+        return self._caches_of(self._slots)
+
+    def unsettled(self, but: Collection[int] = ()) -> list[IdleCache]:
+        """Return those of the idle caches that were not looked at; not of the slots `but`."""
+        slots = [slot for slot in self._slots if slot.is_spare is None and slot.id not in but]
+        return self._caches_of(slots)
+
+    def settle(self, slot_id: int, *, is_spare: bool) -> None:
+        """Note whether what an idle slot holds may leave the KV cache."""
+        self._slots[slot_id].is_spare = is_spare
+        self.is_unsettled = True
+
+    def drop_spare(self, but: Collection[int] = ()) -> None:
+        """Empty the idle slots whose caches may go, but for those of the slots `but`.
+
+        What only this one prompt could use may go too.
+        """
+        kept = {cache.slot for cache in self.unsettled()}.union(but)
+        self.is_unsettled = False
+        for slot in self._slots:
+            if not slot.tokens or slot.is_spare is False:
+                continue
+            if slot.id in kept:
+                self.is_unsettled = True
+            else:
+                self._cut(slot, 0)
+
+    def _caches_of(self, slots: list[Slot]) -> list[IdleCache]:
         return [
             IdleCache(
                 slot.id,
                 slot.tokens[: slot.n_exact],
                 # What was restored whole is not cut for a prompt that did not go on from it.
                 max(min(slot.n_prompt, slot.n_exact), slot.n_whole + 1),
+                slot.n_strewn,
             )
-            for slot in slots
+            for slot in sorted(slots, key=lambda slot: slot.last_used, reverse=True)
             if slot.tokens and min(len(slot.tokens), slot.n_exact) >= slot.n_whole
         ]
 
@@ -183,13 +235,12 @@ class Slots:
         """Keep the first `n` tokens of an idle slot."""
         self._cut(self._slots[slot_id], n)
 
-    def make_way(self, sequence: Sequence, n: int) -> int:
+    def make_way(self, match: Match, n: int) -> int:
         """Empty an idle slot and free `n` cells, for what is restored for a sequence to come.
 
-        Idle caches have to hold, or leave, as many.
+        Idle caches have to hold, or leave, as many. `match`: the best of the sequence.
         """
-        best = self.best_match(sequence).source
-        slot = self._least_recent(but=best) or best
+        slot = self._least_recent(but=match.source) or match.source
         assert slot is not None, "make_way() needs an idle slot"
         self._cut(slot, 0)
         while (n_missing := n - self.cells.n_free) > 0 and self.evict(n_missing):
@@ -204,18 +255,21 @@ class Slots:
         slot.n_prompt = len(tokens)
         slot.n_whole = len(tokens) if whole else 0
         slot.last_used = self._tick
+        slot.n_strewn = 0
+        slot.is_spare = None
+        self.is_unsettled = True
         self.cells.grow(slot_id, len(tokens))
 
     # --- room ---
 
     def evict(self, n: int) -> bool:
-        """Free about `n` cells of the idle slot that was used least recently.
+        """Free about `n` cells of the idle slot that was used least recently; copied ones first.
 
         It frees fewer where they are shared. Returns False when no idle slot holds any.
         """
         slot = min(
             (slot for slot in self._slots if slot.tokens),
-            key=lambda slot: slot.last_used,
+            key=lambda slot: (not slot.is_spare, slot.last_used),
             default=None,
         )
         if slot is None:
@@ -225,7 +279,7 @@ class Slots:
         return True
 
     def thin_idle(self) -> None:
-        """Drop idle caches that cost more than they are likely to save.
+        """Drop idle caches that cost more than they are likely to save, for want of a copy.
 
         Where attention is computed over all cells in use, whoever holds them, an idle cell costs
         1.7 us for each token of a prompt and 5 us for each step, and saves 2 ms if a prompt
@@ -270,10 +324,16 @@ class Slots:
 
     # --- parts ---
 
+    def _is_taken_over(self, match: Match, spare: Slot | None) -> bool:
+        source = match.source
+        if source is None or source.sequence is not None:
+            return False
+        return spare is None or 2 * match.n_now >= len(source.tokens)
+
     def _least_recent(self, but: Slot | None) -> Slot | None:
         return min(
             (slot for slot in self._slots if slot.sequence is None and slot is not but),
-            key=lambda slot: (bool(slot.tokens), slot.last_used),
+            key=lambda slot: (bool(slot.tokens), not slot.is_spare, slot.last_used),
             default=None,
         )
 
@@ -281,6 +341,7 @@ class Slots:
         slot.sequence = sequence
         slot.tokens = []
         sequence.slot = slot
+        slot.n_mixed_before = self.n_mixed
 
     def _cut(self, slot: Slot, n: int) -> None:
         """Keep the first `n` tokens of an idle slot."""
@@ -291,12 +352,12 @@ class Slots:
         if n <= slot.n_exact:
             slot.n_exact = ALL
         if not n:
-            slot.n_whole = 0
+            slot.n_whole = slot.n_strewn = 0
 
     def _forget(self, slot: Slot) -> None:
         slot.tokens = []
         slot.n_exact = ALL
-        slot.n_whole = 0
+        slot.n_whole = slot.n_strewn = 0
 
     def _count_reused(self, sequence: Sequence, n: int) -> None:
         sequence.n_kv = n

@@ -45,6 +45,7 @@ LIVE = frozenset(
         "n_slots",
         "n_threads",
         "origins",
+        "parked_cache_size",
         "pinned",
         "prefix_cache_size",
         "replan_interval",

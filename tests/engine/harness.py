@@ -9,7 +9,9 @@ from typing import Any
 
 from shimpy.engine.intake import Intake
 from shimpy.engine.loop import Engine
+from shimpy.engine.parked import ParkedPrefixes
 from shimpy.engine.prefix_store import PrefixStore
+from shimpy.engine.prefixes import SavedPrefixes
 from shimpy.protocol.messages import (
     Delta,
     Done,
@@ -82,8 +84,12 @@ class Rig:
         *,
         embeds: bool = False,
         prefixes: Path | None = None,
+        parked_bytes: int = 0,
     ) -> None:
-        """`prefixes`: the folder that they are saved in and restored from."""
+        """`prefixes`: the folder that they are saved in and restored from.
+
+        `parked_bytes`: what idle slots hold slows down the others, and so much may be parked.
+        """
         self.backend = backend or FakeBackend()
         self.now = 0.0
         self.told: dict[int, Told] = defaultdict(Told)
@@ -92,13 +98,21 @@ class Rig:
         self.n_frames = 0
         self.intake = Intake(send=self.hear, clock=lambda: self.now)
         self.intake.serve(self.backend, embeds=embeds)
+        store = None if prefixes is None else self._open(prefixes)
+        whole, can_cut = self.backend.state_is_whole, self.backend.can_split
+        saved = SavedPrefixes(whole=whole, can_cut=can_cut) if store is None else store.saved
+        self.parked = ParkedPrefixes(
+            self.backend, saved, limit=parked_bytes, available=lambda: 1 << 40
+        )
         self.engine = Engine(
             self.backend,
             inbox=self.intake.inbox,
             send=self.hear,
             clock=lambda: self.now,
             embeds=embeds,
-            prefixes=None if prefixes is None else self._open(prefixes),
+            prefixes=store,
+            parked=self.parked if parked_bytes else None,
+            attends_idle=bool(parked_bytes),
         )
 
     def _open(self, prefixes: Path) -> PrefixStore:
@@ -136,6 +150,12 @@ class Rig:
             not self.intake.inbox.empty()
         )
 
+    def rest(self) -> None:
+        """Let the engine be idle for so long that all is copied that may be."""
+        batcher = self.engine._batcher
+        while batcher.may_copy and (park := batcher.next_copy()) is not None:
+            self.engine._park(park)
+
     def finish(self) -> None:
         for _ in range(100_000):
             if not self.is_busy:
@@ -147,6 +167,7 @@ class Rig:
         """Let the engine end as the worker does; what runs is cancelled."""
         self.send(Shutdown(save_s=save_s))
         self.engine.run()
+        self.parked.close()
 
 
 def load_of(prefixes: Path, *, limit: int = 1 << 30, digest: str = "d" * 64) -> Load:

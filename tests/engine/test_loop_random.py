@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -47,6 +50,8 @@ class Workload:
             rig.send(self._submit(rig.backend.n_ctx))
             while random.random() < (0.3 if is_crowded else 0.9):
                 rig.step()
+            if random.random() < 0.3:
+                rig.rest()
             if random.random() < 0.15:
                 request = random.randrange(len(self.submits))
                 self.cancelled.add(request)
@@ -190,9 +195,77 @@ def test_prefixes_come_back_in_later_lives(kind: str, seed: int) -> None:
             assert rig.backend.most_used <= work.shape["n_ctx"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.sampled_from([400, 2000, 1 << 20]), st.floats(0, 0.2))
+def test_what_is_parked_and_comes_back_changes_no_text(
+    kind: str, seed: int, limit: int, copy_s: float
+) -> None:
+    """However much has room, however long copies take, whatever state is whole; in two lives."""
+    few = mock.patch.multiple(prefixes, MIN_SAVED=8, MIN_GAIN=4, MIN_PARKED=6, MIN_PARKED_GAIN=2)
+    with few, tempfile.TemporaryDirectory() as folder:
+        for life in range(2):
+            work = Workload(seed + life)
+            backend = FakeBackend(**work.shape, **KINDS[kind])
+            rig = Rig(backend, prefixes=Path(folder), parked_bytes=limit)
+            slow_down(rig, copy_s)
+            work.play(rig, n_requests=12)
+            shape = {} if kind == "window" else KINDS[kind]
+            check_all(rig, work, **shape)
+            assert rig.parked.n_bytes <= limit
+            assert backend.most_used <= work.shape["n_ctx"]
+            check_parked(rig)
+            rig.end()
+
+
+def slow_down(rig: Rig, copy_s: float) -> None:
+    """Let copies and batches take their time."""
+    park, decode = rig.parked.park, rig.backend.decode
+
+    def slow_park(slot: int, tokens: list[int]) -> bool:
+        rig.now += copy_s
+        assert rig.backend.content(slot) == tokens
+        return park(slot, tokens)
+
+    def slow_decode(chunks: Any) -> int:
+        rig.now += 0.1
+        return decode(chunks)
+
+    rig.parked.park, rig.backend.decode = slow_park, slow_decode  # type: ignore[method-assign]
+
+
+def check_parked(rig: Rig) -> None:
+    """Each copy holds the tokens that it is listed under."""
+    for prefix in rig.parked.saved:
+        if prefix.is_parked:
+            state = array("i", os.pread(rig.parked._files[prefix.name], prefix.n_bytes, 0))
+            assert state == prefix.tokens
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.sets(st.integers(0, 60), max_size=4), st.sets(st.integers(0, 20), max_size=4))
+def test_failures_beside_copies_hit_only_the_requests_they_touch(
+    seed: int, failing: set[int], refused: set[int]
+) -> None:
+    """Also copies that can't be made, and such as are not taken again."""
+    work = Workload(seed)
+    backend = FakeBackend(**work.shape)
+    backend.failing_decodes = failing
+    backend.refused_removals = refused
+    backend.fails_to_save = seed % 3 == 1
+    backend.fails_to_load = seed % 3 == 2
+    with mock.patch.multiple(prefixes, MIN_PARKED=6, MIN_PARKED_GAIN=2):
+        rig = Rig(backend, parked_bytes=1 << 20)
+        work.play(rig)
+        check_all(rig, work, *(["llama.cpp refused the batch"] if failing else []))
+        rig.parked.close()
+
+
+@pytest.mark.parametrize("parked_bytes", [0, 1 << 20], ids=["kept", "parked"])
 @pytest.mark.parametrize("can_split", [True, False], ids=["attention", "recurrent"])
-def test_the_books_match_the_cache_after_each_step(can_split: bool) -> None:
-    rig = Rig(FakeBackend(n_ctx=300, n_slots=3, can_split=can_split, can_shift=can_split))
+def test_the_books_match_the_cache_after_each_step(can_split: bool, parked_bytes: int) -> None:
+    backend = FakeBackend(n_ctx=300, n_slots=3, can_split=can_split, can_shift=can_split)
+    rig = Rig(backend, parked_bytes=parked_bytes)
     for request in range(12):
         rig.submit(request, STEMS[request % 4] + "x" * request, sampling=Sampling(seed=request))
         rig.step(3)
@@ -201,3 +274,4 @@ def test_the_books_match_the_cache_after_each_step(can_split: bool) -> None:
             expected = slot.tokens if owner is None else owner.tokens[: owner.n_kv]
             assert rig.backend.content(slot.id) == expected
     rig.finish()
+    rig.parked.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,55 @@ def test_a_prompt_is_computed_once_over_unloads_and_restarts(tmp_path: Path, mod
         assert prefix_files(home)
         assert daemon.shimpy("gc", "--prefixes").returncode == 0
         assert not prefix_files(home)
+
+
+def parked_bytes(client: httpx.Client, least: int) -> int:
+    """Return what the worker says that it has parked, once it is as much; it tells now and then."""
+    n_bytes, until_s = 0, time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < until_s:
+        [resident] = client.get("/api/ps").json()["models"]
+        if (n_bytes := int(resident["parked_bytes"] or 0)) >= least:
+            return n_bytes
+    raise AssertionError(f"{n_bytes} bytes are parked")
+
+
+def talk(client: httpx.Client) -> list[tuple[str, int, int]]:
+    """Let three conversations and an editor take turns."""
+    chats = {name: f"{name}. {LONG}" for name in ("Ann", "Bob", "Cleo")}
+    source = "def fox(end): return end\n" * 20
+    answers = []
+    for turn in range(3):
+        for name, chat in chats.items():
+            answers.append(ask(client, chat))
+            chats[name] = f"{chat}{answers[-1][0]} And turn {turn}? "
+            # The cursor has moved on by a line.
+            source += f"line {len(answers)}\n"
+            answers.append(ask(client, source))
+    return answers
+
+
+def test_conversations_and_an_editor_in_turns_keep_their_caches(
+    tmp_path: Path, models: Path
+) -> None:
+    """Of four that take turns two have slots; each goes on from all but some last tokens."""
+    home = tmp_path / "home"
+    with running_daemon(home, models, "--n-slots", "2") as daemon, client_of(daemon) as client:
+        answers = talk(client)
+        for index, (_, n_prompt, n_cached) in enumerate(answers):
+            is_new = index in (0, 1, 2, 4)
+            assert (n_cached < 16) if is_new else n_cached >= n_prompt - 48
+        assert parked_bytes(client, 3 * 1000) < 1 << 30
+    assert len(prefix_files(home)) == 4
+    with running_daemon(home, models) as daemon, client_of(daemon) as client:
+        assert [cached > 0 for _, _, cached in talk(client)] == [True] * len(answers)
+    flags = ("--parked-cache-size", "0", "--prefix-cache-size", "0", "--n-slots", "2")
+    with (
+        running_daemon(tmp_path / "other", models, *flags) as daemon,
+        client_of(daemon) as client,
+    ):
+        without = talk(client)
+        assert sum(n_cached for _, _, n_cached in without) < sum(answer[2] for answer in answers)
+        assert [answer[:2] for answer in without] == [answer[:2] for answer in answers]
 
 
 def test_prefixes_of_models_that_have_gone_are_swept(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def resident_entry(resident: ResidentInfo) -> dict[str, Any]:
         "n_waiting": resident.n_waiting,
         "n_threads": resident.n_threads,
         "n_kv_used": None if resident.stats is None else resident.stats.n_kv_used,
+        "parked_bytes": None if resident.stats is None else resident.stats.parked_bytes,
         "loaded_at": None
         if resident.loaded_at_s is None
         else format_local_time(resident.loaded_at_s),

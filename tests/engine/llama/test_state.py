@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shimpy.engine.backend import Chunk, DecodeStatus
 from shimpy.engine.llama import LlamaBackend
+from shimpy.engine.parked import ParkedPrefixes
+from shimpy.engine.prefixes import SavedPrefixes
 from tests.engine.llama.odd_models import (
     N_WINDOW,
     write_compressed,
@@ -134,6 +137,31 @@ def test_a_state_comes_back_beside_running_slots(llama_model: Path, tmp_path: Pa
         assert go_on(backend, slot=0, pos=len(IDS), n=12) == alone
         prefill(backend, IDS[90:], slot=1, start=90)
         assert go_on(backend, slot=1, pos=len(IDS), n=12) == alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_parked_beside_others_goes_on_as_if_it_never_left(
+    kind: str, tmp_path: Path
+) -> None:
+    """Its cells lay strewn between theirs; what it was, and is restored as, is the same."""
+    with loaded(KINDS[kind](tmp_path / "model.gguf"), flash_attn="off", n_ctx=1024) as backend:
+        whole = SavedPrefixes(whole=backend.state_is_whole)
+        store = ParkedPrefixes(backend, whole, limit=1 << 30, available=lambda: 1 << 40)
+        for at in range(0, 120, 20):
+            chunks = [Chunk(slot, at, IDS[at : at + 20], False) for slot in (0, 1, 2)]
+            assert backend.decode(chunks) == DecodeStatus.OK
+        assert store.park(1, IDS[:120])
+        prefill(backend, MORE, slot=1, start=120)
+        expected = logits(backend)
+        assert backend.kv_remove(1, 0, -1)
+        prefill(backend, IDS[50:], slot=3)
+        [prefix] = store.saved
+        for _ in range(2):
+            assert store.restore(prefix, 1)
+            prefill(backend, MORE, slot=1, start=120)
+            assert np.allclose(logits(backend), expected, atol=1e-4)
+            assert backend.kv_remove(1, 0, -1)
+        store.close()
 
 
 def test_where_there_is_no_room_nothing_happens(llama_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,217 @@
+"""When idle caches are copied to RAM, when they leave the KV cache, and who has to wait."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+
+from shimpy.engine.batcher import Batch, Park, Restore
+from shimpy.engine.parking import SHARE, Parking
+from shimpy.engine.prefixes import MIN_PARKED, SavedPrefix, SavedPrefixes
+from shimpy.engine.sequence import Sequence
+from tests.engine.test_batcher import Bench
+
+
+class Parker(Bench):
+    """Carries out copies and restores too, as a store in RAM would that always has room."""
+
+    def __init__(self, **shape: Any) -> None:
+        self.saved = SavedPrefixes(**{"whole": False, **shape.pop("saved", {})})
+        super().__init__(saved=self.saved, attends_idle=True, can_park=True, **shape)
+        self.copy_s = 0.0
+        self.has_room = True
+        # What was done before batches: the tokens that were copied, and those that came back.
+        self.parked: list[int] = []
+        self.restored: list[int] = []
+
+    def plan(self) -> Batch:
+        while not isinstance(work := self.batcher.next_batch(self.now), Batch):
+            self.carry_out(work)
+        return work
+
+    def rest(self) -> None:
+        while (park := self.batcher.next_copy()) is not None:
+            self.carry_out(park)
+
+    def carry_out(self, work: Park | Restore | None) -> None:
+        if isinstance(work, Restore):
+            self.restored.append(len(work.prefix.tokens))
+            self.batcher.on_restored(work)
+            return
+        assert isinstance(work, Park)
+        self.parked.append(len(work.tokens))
+        for prefix in work.covers:
+            self.saved.discard(prefix.name)
+        if self.has_room:
+            name = f"parked {len(self.parked)}"
+            prefix = SavedPrefix(name, array("i", work.tokens), 0, is_parked=True)
+            self.saved.add(prefix)
+        self.batcher.on_parked(work, self.copy_s, is_kept=self.has_room)
+
+    def answer(self, n_tokens: int | list[int], n_predict: int = 1) -> Sequence:
+        """Run a prompt to its end; return it."""
+        start = self.submit_tokens if isinstance(n_tokens, list) else self.submit
+        sequence: Sequence = start(n_tokens, n_predict=n_predict)  # type: ignore[operator]
+        while self.batcher.n_running or self.batcher.n_waiting:
+            self.step()
+        return sequence
+
+
+def test_what_idles_leaves_the_cache_as_another_prompt_comes() -> None:
+    bench = Parker()
+    for _ in range(3):
+        bench.answer(900)
+    assert bench.parked == [900, 900]
+    assert bench.batcher.n_kv_used == 900
+
+
+def test_in_a_quiet_moment_it_is_copied_and_stays() -> None:
+    """Who goes on from it then restores nothing; who does not waits for no copy."""
+    bench = Parker()
+    first = bench.answer(900)
+    bench.rest()
+    assert (bench.parked, bench.batcher.n_kv_used) == ([900], 900)
+    assert not bench.batcher.may_copy
+    again = bench.answer([*first.tokens, 1, 2])
+    assert (again.n_cached, bench.restored) == (900, [])
+    bench.rest()
+    bench.copy_s = 1e9
+    bench.answer(50)
+    assert (bench.parked, bench.batcher.n_kv_used) == ([900], 50)
+
+
+def test_what_was_parked_comes_back_for_who_goes_on_from_it() -> None:
+    bench = Parker()
+    chats = [bench.answer(600) for _ in range(6)]
+    for chat in chats:
+        again = bench.answer([*chat.tokens, 7, 8])
+        assert again.n_cached == 600
+    # The last one was in its slot still, and the first was copied before it.
+    assert len(bench.restored) == 6
+
+
+def test_a_longer_copy_takes_the_place_of_its_beginning() -> None:
+    bench = Parker()
+    first = bench.answer(600)
+    bench.rest()
+    bench.answer([*first.tokens, *range(40)])
+    bench.rest()
+    assert [len(prefix.tokens) for prefix in bench.saved] == [641]
+
+
+def test_a_few_tokens_are_dropped_without_a_copy() -> None:
+    bench = Parker()
+    bench.answer(MIN_PARKED - 1)
+    bench.answer(MIN_PARKED)
+    bench.answer(900)
+    assert bench.parked == [MIN_PARKED]
+
+
+def test_what_is_on_disk_is_dropped_without_a_copy() -> None:
+    bench = Parker()
+    first = bench.answer(900)
+    bench.saved.add(SavedPrefix("a", array("i", first.tokens), 0))
+    bench.answer(50)
+    assert (bench.parked, bench.batcher.n_kv_used) == ([], 50)
+    assert bench.answer([*first.tokens[:900], 1]).n_cached == 900
+
+
+def test_what_the_next_in_the_queue_goes_on_from_stays() -> None:
+    bench = Parker()
+    first, second = bench.answer(900), bench.answer(800)
+    bench.parked.clear()
+    bench.submit_tokens([*second.tokens, 1])
+    bench.submit_tokens([*first.tokens, 1])
+    bench.step()
+    bench.step()
+    assert (bench.parked, bench.restored) == ([], [900])
+
+
+def test_copies_beside_streams_take_no_more_than_their_share() -> None:
+    """What they have to wait for stays in the cache until then."""
+    bench = Parker(n_slots=8)
+    stream = bench.submit(1)
+    bench.copy_s = 0.05
+    for _ in range(4):
+        bench.submit(200, n_predict=1)
+    n_steps = 0
+    while len(bench.parked) < 4:
+        bench.batcher.on_decoded(batch := bench.plan(), 0.1)
+        for sequence in batch.sequences:
+            if sequence is not stream and not sequence.n_pending:
+                bench.batcher.finish(sequence)
+            elif not sequence.n_pending:
+                bench.batcher.on_token(sequence, 9)
+        n_steps += 1
+        assert n_steps < 1000
+    assert n_steps * 0.1 * SHARE >= 3 * 0.05
+    bench.plan()
+    assert bench.batcher.n_kv_used <= stream.n_kv
+
+
+def test_without_room_for_a_copy_the_newest_stays() -> None:
+    bench = Parker()
+    bench.has_room = False
+    for _ in range(3):
+        bench.answer(900)
+    assert bench.batcher.n_kv_used == 2 * 900
+    bench.rest()
+    assert not bench.batcher.may_copy or bench.batcher.next_copy() is None
+
+
+def test_a_window_is_copied_as_its_slot_is_emptied_and_from_its_prompt_on() -> None:
+    """Its state serves whole or not at all, and the next prompt may tell the answer otherwise."""
+    bench = Parker(saved={"whole": True})
+    first = bench.answer(600, n_predict=50)
+    bench.rest()
+    assert bench.parked == []
+    bench.answer(50)
+    assert bench.parked == [599]
+    assert bench.answer([*first.tokens[:600], 4, 6]).n_cached == 599
+
+
+def test_a_slot_that_is_wanted_is_copied_even_when_copies_took_long() -> None:
+    """But of an answer whose cells lie between others' only the prompt."""
+    bench = Parker(n_slots=2)
+    first, second = bench.submit(200, n_predict=60), bench.submit(200, n_predict=60)
+    while bench.batcher.n_running or bench.batcher.n_waiting:
+        bench.step()
+    bench.copy_s = 1e9
+    long = bench.submit(400, n_predict=5)
+    bench.submit(300, n_predict=5)
+    bench.step()
+    # The first one while copies were free, and the second when its slot was wanted.
+    assert bench.parked == [259, 200]
+    bench.copy_s = 0.0
+    while long.slot is not None:
+        bench.step()
+    assert bench.answer([*first.tokens, 1]).n_cached == 200
+    assert bench.answer([*second.tokens, 1]).n_cached == 259
+
+
+@pytest.mark.parametrize(("attends_idle", "can_park"), [(True, False), (False, True)])
+def test_nothing_is_parked_where_it_gains_nothing_or_can_t_be(
+    attends_idle: bool, can_park: bool
+) -> None:
+    bench = Bench(attends_idle=attends_idle, can_park=can_park)
+    for _ in range(3):
+        bench.submit(900, n_predict=1)
+        bench.step()
+        bench.step()
+        assert not bench.batcher.may_copy
+
+
+def test_a_debt_is_paid_by_batches_and_forgiven_by_quiet() -> None:
+    parking = Parking()
+    assert parking.is_due
+    parking.on_copy(0.1)
+    assert not parking.is_due
+    parking.on_batch(0.1 / SHARE - 1)
+    assert not parking.is_due
+    parking.on_batch(1.1)
+    assert parking.is_due
+    parking.on_copy(9.0)
+    parking.on_quiet()
+    assert parking.is_due
