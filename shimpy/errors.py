@@ -31,6 +31,7 @@ HTTP statuses are decided in server/errors.py, exit codes in cli/errors.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -210,3 +211,12 @@ class UnreachableError(DaemonError):
     """No daemon answers at the address."""
 
     code = "unreachable"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return what to say after a name that is none: the nearest one, or else all there are."""
+    import difflib
+
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"

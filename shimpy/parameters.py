@@ -7,14 +7,13 @@ is told in Ollama's own text, though as the client's fault, where Ollama answers
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from shimpy.errors import InvalidOptionError
+from shimpy.errors import InvalidOptionError, suggest
 
 _INT32: Final = 2**31 - 1
 
@@ -90,6 +89,9 @@ _BOOLEANS: Final = frozenset(
     }
 )
 PARAMETER_NAMES: Final = frozenset({*_INTEGERS, *_FLOATS, *_BOOLEANS, "stop", "logit_bias"})
+WITHOUT_EFFECT: Final = _BOOLEANS | {
+    name for name, ours in {**_INTEGERS, **_FLOATS}.items() if ours is None
+}
 
 
 # --- Ollama's parameters ----------------------------------------------------------------------
@@ -129,10 +131,8 @@ def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name in given:
         if name not in PARAMETER_NAMES:
-            near = difflib.get_close_matches(name, PARAMETER_NAMES, n=1)
-            meant = f"did you mean {near[0]}?" if near else ""
-            there_are = meant or f"there are {', '.join(sorted(PARAMETER_NAMES))}"
-            raise InvalidOptionError(f"unknown parameter '{name}'; {there_are}", option=name)
+            hint = suggest(name, PARAMETER_NAMES - WITHOUT_EFFECT)
+            raise InvalidOptionError(f"unknown parameter '{name}'; {hint}", option=name)
     read_parameters(given)
     kept = {name: value for name, value in given.items() if value is not None}
     if isinstance(kept.get("stop"), str):

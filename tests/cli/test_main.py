@@ -102,7 +102,7 @@ def test_options_are_read_as_their_types() -> None:
     [
         ("temperature", r"temperature=0\.2"),
         ("=1", r"temperature=0\.2"),
-        ("temprature=1", "unknown parameter 'temprature'; did you mean temperature\\?"),
+        ("temperatures=1", "unknown parameter 'temperatures'; did you mean temperature\\?"),
         ("n_ctx=4096", "did you mean num_ctx"),
         ("bogus=1", "there are .*temperature"),
         ("temperature=hot", "\"temperature\" must be of type float32, not 'hot'"),
@@ -117,6 +117,30 @@ def test_options_that_can_not_be_are_refused(pair: str, told: str) -> None:
     """The daemon ignores what it does not know, as Ollama does: here a typo is told."""
     with pytest.raises(InvalidOptionError, match=told):
         parse_options([pair])
+
+
+def test_an_option_without_effect_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_options(["num_thread=2", "seed=1"]) == {"num_thread": 2, "seed": 1}
+    assert capsys.readouterr().err.splitlines() == [
+        "num_thread has no effect in shimpy, which sees to that by itself"
+    ]
+
+
+@pytest.mark.parametrize("flags", [["--raw"], ["--suffix", "x"]], ids=" ".join)
+def test_what_means_nothing_in_a_chat_is_refused(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shimpy.cli.run._prompt_text", lambda _words: None)
+    result = CliRunner().invoke(cli, ["run", "m", *flags])
+    assert result.exit_code == 2
+    assert f"{flags[0]} needs a prompt" in result.output
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("lst", "list"), ("eventz", "events")])
+def test_a_command_that_is_none_is_told_with_the_nearest(typed: str, meant: str) -> None:
+    result = CliRunner().invoke(cli, [typed])
+    assert result.exit_code == 2
+    assert f"No such command '{typed}'. Did you mean '{meant}'?" in result.output
 
 
 def test_a_bad_keepalive_is_refused_before_anything_is_asked() -> None:

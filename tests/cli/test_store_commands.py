@@ -132,6 +132,11 @@ def test_a_setting_that_can_not_be_is_refused(daemon: Daemon, pair: str) -> None
     assert done.stderr.startswith("Error: ")
 
 
+def test_a_setting_that_is_none_is_told_with_the_nearest(daemon: Daemon) -> None:
+    done = daemon.shimpy("set", "chain", "temperatures=1")
+    assert done.stderr == "Error: there is no setting 'temperatures'; did you mean temperature?\n"
+
+
 def test_gc_says_what_it_did(daemon: Daemon) -> None:
     done = daemon.shimpy("gc", "--all")
     assert (done.returncode, done.stdout) == (0, "removed 0 files, 0 B\n")

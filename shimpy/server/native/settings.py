@@ -7,9 +7,9 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from shimpy.errors import InvalidNameError, InvalidOptionError
+from shimpy.errors import InvalidNameError, InvalidOptionError, suggest
 from shimpy.names import parse_model_name
-from shimpy.parameters import PARAMETER_NAMES, check_parameters
+from shimpy.parameters import PARAMETER_NAMES, WITHOUT_EFFECT, check_parameters
 from shimpy.registry.settings import CpuMoe, ModelSettings, Turn
 from shimpy.units import FOREVER_S
 from shimpy.values import parse_keep_alive
@@ -20,6 +20,7 @@ _FIELDS: Final = (
     "cpu_moe", "keep_alive", "system", "template", "raw", "messages", "license", "aliases",
     "notes",
 )  # fmt: skip
+_KNOWN: Final = PARAMETER_NAMES | set(_FIELDS)
 _OWN_NAMES: Final = {"keep_alive": "keep_alive_s"}
 _MAX_TEXT: Final = 1024 * 1024
 
@@ -52,11 +53,9 @@ def changed(
 
 def _key(key: str) -> str:
     name = _ALIASES.get(key.lower(), key.lower())
-    if name not in PARAMETER_NAMES and name not in _FIELDS:
+    if name not in _KNOWN:
         raise InvalidOptionError(
-            f"there is no setting {key!r}; there are {', '.join(_FIELDS)}, and the parameters "
-            f"{', '.join(sorted(PARAMETER_NAMES))}",
-            option=key,
+            f"there is no setting {key!r}; {suggest(name, _KNOWN - WITHOUT_EFFECT)}", option=key
         )
     return name
 
