@@ -33,19 +33,17 @@ def command(model: str, path: Path) -> None:
     """
     from shimpy.cli.autostart import connect
     from shimpy.cli.modelfile import parse_modelfile
-    from shimpy.cli.output import hint
+    from shimpy.cli.output import read_text
     from shimpy.cli.progress import bytes_progress
-    from shimpy.errors import UserError
+    from shimpy.errors import NotFoundError
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read the Modelfile {path}: {error}") from error
-    parts = parse_modelfile(text)
+    if not path.exists():
+        raise NotFoundError(f"there is no Modelfile {path}; -f names another")
+    parts = parse_modelfile(read_text(path))
     with connect() as client, bytes_progress() as progress:
         source = _source(client, parts.sources, path.parent, progress)
         for status in client.create({"model": model, **parts.request(), **source}):
-            hint(status["status"])
+            progress.say(status["status"])
 
 
 def _source(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 T = TypeVar("T")
+
+_WIDEST = 10_000
 
 
 def print_json(value: Any) -> None:
@@ -19,23 +23,29 @@ def print_json(value: Any) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, gap: int = 3) -> None:
-    """Print rows under headers, `gap` spaces apart; never wrapped or coloured when piped."""
+    """Print rows under headers, `gap` spaces apart, or one where a terminal is too narrow.
+
+    No cell is ever cut, and nothing is coloured when piped.
+    """
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
 
+    widths = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
+    width = sum(widths) + gap * (len(widths) - 1)
+    if sys.stdout.isatty() and width > shutil.get_terminal_size().columns:
+        gap = 1
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
     for header in headers:
         table.add_column(header, no_wrap=True, overflow="ignore")
     for row in rows:
         table.add_row(*row)
-    # Wide enough for every cell: a table that is cut is of no use to grep.
-    console = Console(width=None if sys.stdout.isatty() else 10_000, soft_wrap=True)
-    console.print(table, crop=False)
+    # Wide enough for every cell: the terminal breaks longer lines, and grep finds whole ones.
+    Console(width=_WIDEST, soft_wrap=True).print(table, crop=False)
 
 
 def wrapped(line: str) -> str:
     """Return a line broken between words where the terminal ends; whole when piped."""
-    import shutil
     import textwrap
 
     if not sys.stdout.isatty():
@@ -47,6 +57,22 @@ def wrapped(line: str) -> str:
 def hint(text: str) -> None:
     """Tell the user something that is no data."""
     click.echo(text, err=True)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file that the user has named.
+
+    Raises:
+        UserError: it can't be read; the message says why.
+    """
+    from shimpy.errors import UserError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"can't read {path}: it is no text in UTF-8 ({error.reason})") from error
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

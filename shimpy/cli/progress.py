@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Protocol
 
+import click
+
 from shimpy.cli.output import hint
 
 
@@ -19,6 +21,9 @@ class BytesProgress(Protocol):
     def say(self, text: str) -> None:
         """Print a line on standard error, above the bars."""
 
+    def tell(self, text: str) -> None:
+        """Print a line of data on standard output, above the bars where they share a terminal."""
+
 
 class _Silent:
     def show(self, what: str, completed: int, total: int) -> None:
@@ -27,6 +32,10 @@ class _Silent:
     def say(self, text: str) -> None:
         """Print a line."""
         hint(text)
+
+    def tell(self, text: str) -> None:
+        """Print a line of data."""
+        click.echo(text)
 
 
 @contextlib.contextmanager
@@ -63,6 +72,13 @@ def bytes_progress() -> Iterator[BytesProgress]:
             """Print a line; the bars move down."""
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+        def tell(self, text: str) -> None:
+            """Print a line of data."""
+            if sys.stdout.isatty():
+                self.say(text)
+            else:
+                click.echo(text)
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -70,5 +86,6 @@ def bytes_progress() -> Iterator[BytesProgress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    # Data that is piped must not be taken for a line above the bars.
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress:
         yield Bars(progress)

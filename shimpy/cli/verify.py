@@ -26,7 +26,8 @@ def command(models: tuple[str, ...], *, as_json: bool) -> int:
             elif "file" in line:
                 found.append(line)
                 if not as_json:
-                    click.echo(f"{line['model']} {line['file']}: {line['problem'] or 'verified'}")
+                    verdict = line["problem"] or "verified"
+                    progress.tell(f"{line['model']} {line['file']}: {verdict}")
     if as_json:
         print_json(found)
     return 1 if any(line["problem"] for line in found) else 0
