@@ -40,10 +40,10 @@ def placement_rows(report: Report) -> list[tuple[str, ...]]:
             "*" if m is report.best else "",
             m.candidate.label,
             f"{m.start_s:.1f}",
-            _rate(m.prefill_per_s),
-            _rate(m.decode_per_s),
+            format_rate(m.prefill_per_s),
+            format_rate(m.decode_per_s),
             *(_milliseconds(s.first_text_s) for s in m.streams),
-            *(_rate(s.per_s) for s in m.streams if s.n_streams > 1),
+            *(format_rate(s.per_s) for s in m.streams if s.n_streams > 1),
         )
         for m in report.measurements
     ]
@@ -166,14 +166,14 @@ def _reading_to_json(reading: Reading) -> dict[str, int | None]:
     return asdict(reading)
 
 
-def _rate(summary: Summary) -> str:
+def format_rate(summary: Summary) -> str:
     """Return "61.2 ± 0.4": three digits that count, and the deviation to the same place."""
     digits = 0 if summary.median >= 100 else 1 if summary.median >= 10 else 2  # noqa: PLR2004
     return f"{summary.median:.{digits}f} ± {summary.deviation:.{digits}f}"
 
 
 def _milliseconds(summary: Summary) -> str:
-    return _rate(Summary(tuple(sample * 1000 for sample in summary.samples)))
+    return format_rate(Summary(tuple(sample * 1000 for sample in summary.samples)))
 
 
 def _size(n_bytes: int | None) -> str:

@@ -42,6 +42,13 @@ def _parse_counts(least: int) -> Any:
     return parse
 
 
+def _check_folder(_ctx: click.Context, _param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file whose folder is none, before anything is measured for it."""
+    if value is not None and not value.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {value.parent}")
+    return value
+
+
 @click.command(name="bench")
 @click.argument("model")
 @click.option(
@@ -80,6 +87,7 @@ def _parse_counts(least: int) -> Any:
 @click.option(
     "--json",
     "json_file",
+    callback=_check_folder,
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     metavar="FILE",
     help="Write all samples as JSON; - is standard output, in place of the tables.",
@@ -87,6 +95,7 @@ def _parse_counts(least: int) -> Any:
 @click.option(
     "--plot",
     "plot_file",
+    callback=_check_folder,
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Draw speed against VRAM as a PNG; needs shimpy[bench].",

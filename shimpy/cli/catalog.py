@@ -49,7 +49,9 @@ def check(names: tuple[str, ...], *, as_json: bool) -> int:
     entries = load_catalog(config_folder() / FILE_NAME).entries
     unknown = [name for name in names if name not in entries]
     if unknown:
-        raise NotFoundError(f"the catalog has no {', '.join(unknown)}")
+        raise NotFoundError(
+            f"the catalog has no {', '.join(unknown)}; `shimpy catalog` lists what it has"
+        )
     wanted = {name: entry for name, entry in entries.items() if not names or name in names}
     found = []
     for checked in check_entries(wanted):

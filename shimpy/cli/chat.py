@@ -28,13 +28,15 @@ _HELP = """\
 class Chat:
     """A conversation with one model; the history lives here, not in the daemon."""
 
-    def __init__(self, client: Client, request: dict[str, Any], *, hide_thinking: bool) -> None:
+    def __init__(
+        self, client: Client, request: dict[str, Any], *, hide_thinking: bool, verbose: bool
+    ) -> None:
         self._client = client
         self._request = request
         self._hide_thinking = hide_thinking
         self._system: str | None = request.pop("system", None)
         self._messages: list[dict[str, Any]] = []
-        self._verbose = False
+        self._verbose = verbose
 
     def run(self) -> None:
         """Load the model, then read, answer, and read again until /bye or Ctrl-D."""

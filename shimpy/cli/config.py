@@ -55,4 +55,4 @@ def _shown(value: Any, metavar: str) -> str:
         return format_bytes(value)
     if metavar == "TIME":
         return format_duration(FOREVER_S if value < 0 else value)
-    return str(value)
+    return str(value) or "none"

@@ -23,9 +23,13 @@ def command(*, everything: bool, prefixes: bool, as_json: bool) -> None:
         print_json(collected)
         return
     freed = format_bytes(collected["freed_bytes"])
-    click.echo(f"removed {collected['n_files']} files, {freed}")
+    click.echo(f"removed {_files(collected['n_files'])}, {freed}")
     if collected["n_kept"]:
-        kept = format_bytes(collected["kept_bytes"])
-        hint(f"{collected['n_kept']} files ({kept}) changed in the last hour; --all removes them")
+        kept = f"{_files(collected['n_kept'])} ({format_bytes(collected['kept_bytes'])})"
+        hint(f"kept {kept} that changed in the last hour; --all removes those, too")
     for problem in collected["problems"]:
         hint(problem)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"

@@ -57,7 +57,7 @@ def list_keys(config_file: Path | None, *, as_json: bool) -> None:
     """List the keys, without their secrets."""
     from datetime import UTC, datetime
 
-    from shimpy.cli.output import print_json, print_table
+    from shimpy.cli.output import hint, print_json, print_table
 
     rows = [
         {
@@ -70,6 +70,9 @@ def list_keys(config_file: Path | None, *, as_json: bool) -> None:
     ]
     if as_json:
         print_json(rows)
+        return
+    if not rows:
+        hint("there is no key; `shimpy keys create NAME` makes one")
         return
     print_table(
         ("ID", "NAME", "MAY", "CREATED"),

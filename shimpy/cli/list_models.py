@@ -24,6 +24,8 @@ def command(prefix: str, *, as_json: bool) -> None:
         print_json(models)
         return
     print_table(("NAME", "SIZE", "EXPERTS", "MODIFIED", "FROM"), [_row(model) for model in models])
+    if not models:
+        hint(f'no model has a name that begins with "{prefix}"')
     for model in models:
         if model.get("error"):
             hint(f"{model['name']} is broken: {model['error']}")

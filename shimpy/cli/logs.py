@@ -21,7 +21,16 @@ _PLAIN = ("timestamp", "level", "event", "part")
 @click.command(name="logs")
 @click.argument("model", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
-@click.option("-n", "--lines", "n_lines", default=200, show_default=True, help="How many lines.")
+@click.option(
+    "-n",
+    "--lines",
+    "n_lines",
+    type=click.IntRange(0),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="How many lines.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as they were written.")
 def command(model: str | None, n_lines: int, *, follow: bool, as_json: bool) -> None:
     """Show the daemon's log, or the lines in it that are about MODEL."""

@@ -46,3 +46,12 @@ def parse_size(_ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         return tuple(parse_bytes(text) for text in value) if param.multiple else parse_bytes(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def hint_if_idle(name: str) -> None:
+    """Tell the user of a parameter of Ollama's that shimpy takes and does nothing with."""
+    from shimpy.cli.output import hint
+    from shimpy.parameters import WITHOUT_EFFECT
+
+    if name in WITHOUT_EFFECT:
+        hint(f"{name} has no effect in shimpy, which sees to that by itself")

@@ -115,7 +115,7 @@ def find_model(text: str, config: Config) -> tuple[str, Model]:
     from shimpy.registry.registry import Registry, model_of_files
 
     path = Path(text).expanduser()
-    if path.suffix.lower() == ".gguf":
+    if path.suffix.lower() == ".gguf" or ("/" in text and path.is_file()):
         return path.name, model_of_files([path])
     from shimpy.config import tool_folders
     from shimpy.errors import NotFoundError

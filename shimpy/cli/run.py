@@ -41,7 +41,12 @@ def _parse_keep_alive(
 @click.option("--think/--no-think", default=None, help="Let the model think first, or not.")
 @click.option("--hidethinking", is_flag=True, help="Do not print the thoughts.")
 @click.option(
-    "-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="temperature=0, ..."
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="One of Ollama's parameters, such as temperature=0; repeat it for several.",
 )
 @click.option(
     "--keepalive",
@@ -75,9 +80,13 @@ def command(
     if flags["raw"]:
         request["raw"] = True
     text = _prompt_text(prompt)
+    for name in ("raw", "suffix"):
+        if text is None and name in request:
+            raise click.UsageError(f"--{name} needs a prompt: in a chat it has no meaning")
     with connect() as client:
-        run = _chat if text is None else partial(_answer, text=text, verbose=flags["verbose"])
-        _run_present(client, request, partial(run, hide_thinking=flags["hidethinking"]))
+        run = _chat if text is None else partial(_answer, text=text)
+        shown = partial(run, hide_thinking=flags["hidethinking"], verbose=flags["verbose"])
+        _run_present(client, request, shown)
 
 
 def _run_present(
@@ -109,10 +118,10 @@ def _answer(
     print_answer(chunks, hide_thinking=hide_thinking, verbose=verbose)
 
 
-def _chat(client: Client, request: dict[str, Any], *, hide_thinking: bool) -> None:
+def _chat(client: Client, request: dict[str, Any], *, hide_thinking: bool, verbose: bool) -> None:
     from shimpy.cli.chat import Chat
 
-    Chat(client, dict(request), hide_thinking=hide_thinking).run()
+    Chat(client, dict(request), hide_thinking=hide_thinking, verbose=verbose).run()
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
@@ -121,6 +130,7 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     Raises:
         InvalidOptionError: a pair has no '=', there is no such option, or it can't have the value.
     """
+    from shimpy.cli.options import hint_if_idle
     from shimpy.errors import InvalidOptionError
     from shimpy.parameters import add_typed
 
@@ -130,6 +140,7 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not name:
             raise InvalidOptionError(f"{pair!r} is not an option; write it like temperature=0.2")
         add_typed(options, name, text)
+        hint_if_idle(name)
     return options
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from shimpy.cli.options import json_option
+from shimpy.cli.options import hint_if_idle, json_option
 
 
 @click.command(name="set")
@@ -27,6 +27,8 @@ def command(model: str, pairs: tuple[str, ...], unset: tuple[str, ...], *, as_js
     values = parse_pairs(pairs)
     with connect() as client:
         answer = client.change_settings(model, values, unset)
+    for key in values:
+        hint_if_idle(key)
     if as_json:
         print_json(answer["settings"])
         return
@@ -38,10 +40,13 @@ def parse_pairs(pairs: tuple[str, ...]) -> dict[str, Any]:
     """Return "key=value" pairs as JSON values; texts stay texts, `stop` may come often.
 
     Raises:
-        InvalidOptionError: a pair has no '=', or its file can't be read.
+        InvalidOptionError: a pair has no '='.
+        UserError: its file can't be read.
     """
     import json
+    from pathlib import Path
 
+    from shimpy.cli.output import read_text
     from shimpy.errors import InvalidOptionError
 
     values: dict[str, Any] = {}
@@ -50,7 +55,7 @@ def parse_pairs(pairs: tuple[str, ...]) -> dict[str, Any]:
         if not equals or not key:
             raise InvalidOptionError(f"{pair!r} is no setting; write it like num_ctx=8192")
         if text.startswith("@"):
-            text = _read(text[1:])
+            text = read_text(Path(text[1:]).expanduser())
         if key == "stop":
             values.setdefault("stop", []).extend([text] if text else [])
             continue
@@ -63,17 +68,6 @@ def parse_pairs(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 # Never taken for JSON, though they may look like it.
 _TEXTS = frozenset({"system", "template", "license", "notes", "aliases", "alias"})
-
-
-def _read(path: str) -> str:
-    from pathlib import Path
-
-    from shimpy.errors import InvalidOptionError
-
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidOptionError(f"can't read {path}: {error}") from error
 
 
 def _lines(settings: dict[str, Any]) -> list[tuple[str, str]]:

@@ -29,9 +29,18 @@ def command(model: str, part: str | None, *, verbose: bool, as_json: bool) -> No
     if as_json:
         print_json(shown)
     elif part is not None:
-        click.echo(shown.get(part) or "")
+        _print_part(model, part, shown.get(part) or "")
     else:
         print_sections(shown)
+
+
+def _print_part(model: str, part: str, text: str) -> None:
+    from shimpy.cli.output import hint
+
+    if text:
+        click.echo(text)
+    else:
+        hint(f"{model} has no {part}" + (" of its own" if part == "parameters" else ""))
 
 
 def print_sections(shown: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ class Sweep:
     async def _measure_all(self, progress: _Progress) -> None:
         from dataclasses import replace
 
+        from shimpy.bench.report import format_rate
         from shimpy.errors import ShimpyError
 
         n_all, n_steps = len(self._candidates), self._bench.effort.n_steps
@@ -53,8 +54,7 @@ class Sweep:
                 progress.say(f"{title}: {error.message}")
             else:
                 self.measurements.append(measurement)
-                decode = measurement.decode_per_s.median
-                progress.say(f"{title}: {decode:.3g} tok/s")
+                progress.say(f"{title}: {format_rate(measurement.decode_per_s)} tok/s")
             progress.at((number + 1) * n_steps)
 
 

@@ -136,6 +136,8 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         (("--streams", "1,x"), "no list of numbers"),
         (("--streams", "0"), "no list of numbers"),
         (("--budget", "much"), "not a size"),
+        (("--json", "nowhere/x.json"), "there is no folder nowhere"),
+        (("--plot", "nowhere/x.png"), "there is no folder nowhere"),
     ],
 )
 def test_a_bad_option_is_named(model: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -63,6 +63,12 @@ def test_the_file_before_it_is_shown_too(home: Path) -> None:
 
 
 @pytest.mark.slow
+def test_fewer_lines_than_none_is_a_usage_error(home: Path) -> None:
+    done = run(home, "-n", "-1")
+    assert done.returncode == 2
+    assert "-1" in done.stderr
+
+
 def test_without_a_log_it_says_where_one_would_be(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 1
