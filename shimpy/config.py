@@ -7,7 +7,6 @@ flags of `shimpy serve`, `shimpy config` and docs/config.md follow from there.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from shimpy.errors import InvalidOptionError
+from shimpy.errors import InvalidOptionError, suggest
 from shimpy.units import GIB, MIB
 from shimpy.values import (
     DEFAULT_BIND,
@@ -433,14 +432,9 @@ def _take(
         shown = {"environment": f"SHIMPY_{key.upper()}", "flag": f"--{key.replace('_', '-')}"}
         where = shown.get(source, f"{key} in {source}")
         if key not in SETTINGS:
-            raise InvalidOptionError(f"{where}: there is no such setting{_nearest(key)}")
+            raise InvalidOptionError(f"{where}: there is no such setting; {suggest(key, SETTINGS)}")
         try:
             values[key] = SETTINGS[key](value)
         except InvalidOptionError as error:
             raise InvalidOptionError(f"{where}: {error.message}", option=key) from None
         origins[key] = shown.get(source, source)
-
-
-def _nearest(key: str) -> str:
-    close = difflib.get_close_matches(key, SETTINGS, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(SETTINGS))}"
