@@ -30,6 +30,7 @@ from typing import Any
 import httpx
 
 from shimpy.units import GIB
+from tests.benchmarks.peers.client import connect, stream
 from tests.benchmarks.vram import used_vram
 from tests.daemon import Daemon, running_daemon
 
@@ -67,31 +68,12 @@ def home() -> Iterator[Path]:
         yield Path(path)
 
 
-async def one_stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> float:
-    """Return the seconds to the first text of one request that is answered to its end."""
-    started = time.perf_counter()
-    first = None
-    async with client.stream("POST", url, json=body) as response:
-        async for line in response.aiter_lines():
-            if not line:
-                continue
-            # A refusal is quick: it must not count as an answer.
-            assert not line.startswith('{"error"'), line
-            if first is None:
-                first = time.perf_counter() - started
-    assert first is not None
-    return first
-
-
 async def run_streams(url: str, bodies: list[dict[str, Any]]) -> tuple[float, float]:
     """Return (aggregate generated tok/s over the whole run, mean seconds to first text)."""
-    # A new connection for each request: llama-server closes idle ones.
-    limits = httpx.Limits(max_keepalive_connections=0)
-    async with httpx.AsyncClient(timeout=300, limits=limits) as client:
-        started = time.perf_counter()
-        firsts = await asyncio.gather(*(one_stream(client, url, body) for body in bodies))
-        took = time.perf_counter() - started
-    return len(bodies) * N_GENERATED / took, statistics.mean(firsts)
+    async with connect() as http:
+        found = await asyncio.gather(*(stream(http, url, body) for body in bodies))
+    took_s = max(one.end_s for one in found)
+    return len(bodies) * N_GENERATED / took_s, statistics.mean(one.first_s for one in found)
 
 
 def random_prompts(n: int, seed: int, n_vocab: int = 100_000) -> list[list[int]]:
