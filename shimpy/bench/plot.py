@@ -11,6 +11,8 @@ from shimpy.bench.summary import Summary
 from shimpy.errors import UnsupportedError
 from shimpy.units import GIB
 
+# A line of the list of placements.
+_LABEL_INCHES = 0.16
 _INSTALL = "pip install 'shimpy[bench]'"
 
 
@@ -30,7 +32,8 @@ def plot_report(report: Report, path: Path) -> None:
     check_can_plot()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    height = 4 + _LABEL_INCHES * len(report.measurements)
+    figure = Figure(figsize=(10, height), layout="constrained")
     figure.suptitle(str(report.model.name))
     left, right = figure.subplots(1, 2)
     prefill = [m.prefill_per_s for m in report.measurements]
@@ -42,6 +45,10 @@ def plot_report(report: Report, path: Path) -> None:
             _dots(axes, report, rates)
         else:
             _bars(axes, report, rates)
+    # Both have the same dots; their names are longer than a plot is wide.
+    handles, labels = left.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", fontsize="x-small")
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -51,13 +58,18 @@ def _dots(axes: object, report: Report, rates: Sequence[Summary]) -> None:
     assert isinstance(axes, Axes)
     for measurement, rate in zip(report.measurements, rates, strict=True):
         card_bytes = measurement.worked.card_bytes or measurement.vram_bytes
-        marker = "*" if measurement is report.best else "o"
-        size, label = card_bytes / GIB, measurement.candidate.label
-        axes.errorbar(size, rate.median, yerr=rate.deviation, fmt=marker, label=label)
+        marker, size = ("*", 12) if measurement is report.best else ("o", 6)
+        axes.errorbar(
+            card_bytes / GIB,
+            rate.median,
+            yerr=rate.deviation,
+            fmt=marker,
+            markersize=size,
+            label=measurement.candidate.label,
+        )
     axes.set_xlabel("VRAM, GiB (whole card, after work)")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize="x-small")
 
 
 def _bars(axes: object, report: Report, rates: Sequence[Summary]) -> None:
