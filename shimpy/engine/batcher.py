@@ -136,9 +136,7 @@ class Batcher:
         # one gave some.
         was_read, self._is_read = self._is_read, any(chunk.wants_logits for chunk in batch.chunks)
         if batch.n_prefill and was_read and self._is_read:
-            starts = [chunk.start for chunk in batch.chunks if len(chunk.tokens) > 1]
-            depth = max(starts, default=0)
-            self._pace.on_batch(batch.n_prefill, elapsed_s, depth=depth)
+            self._pace.on_batch(batch.n_prefill, elapsed_s, depth=self._depth(batch))
         if self._parking is not None:
             self._parking.on_batch(elapsed_s)
         grow = self._slots.cells.grow
@@ -147,6 +145,12 @@ class Batcher:
             sequence.n_kv += n
             grow(chunk.slot, n)
         self._slots.n_mixed += len(batch.chunks) > 1
+
+    def _depth(self, batch: Batch) -> int:
+        """Return how many tokens the attention of a batch's prompts goes over before their own."""
+        if self._attends_idle:
+            return self._slots.cells.n_used
+        return max((chunk.start for chunk in batch.chunks if len(chunk.tokens) > 1), default=0)
 
     def on_token(self, sequence: Sequence, token: int) -> bool:
         """Append a sampled token; return whether the sequence may go on after it."""

@@ -21,18 +21,20 @@ MIN_CHUNK: Final = 128
 _STEP: Final = 32
 LEAST_CHUNK: Final = 64
 LONG_S: Final = 0.2
-_MAX_LOSS: Final = 1.2
+_MAX_LOSS: Final = 1.3
 # A longer batch may take this long...
 STALL_S: Final = 0.1
 # ...or hold more tokens as long as twice as many take no more than this times as long.
-MAX_GROWTH: Final = 1.6
+MAX_GROWTH: Final = 1.5
 # Shorter batches tell nothing: with experts in RAM they are computed where those are.
 _LEAST: Final = 48
 # A busy machine only ever makes a batch slower: the best rate of a size counts. It falls with each
 # slower batch, and is forgotten after this many batches of other sizes.
 _FALLING: Final = 1.05
 _KEPT: Final = 200
-# So many tokens make little difference.
+# A batch says something of those that are at most so many times as deep, or as shallow; so many
+# tokens make little difference.
+_ALIKE: Final = 1.5
 _SHALLOW: Final = 128
 
 
@@ -42,7 +44,7 @@ class _Known:
 
     n_tokens: int
     seconds: float
-    # Of the last batch of that size: where in its prompts it began.
+    # Of the batch that it was.
     depth: int
     # The number of the last batch of that size.
     last: int
@@ -57,12 +59,12 @@ class Pace:
         self._known: dict[int, _Known] = {}
         self._n_batches = 0
         self._depth = 0
-        self.chunk = min(MIN_CHUNK, n_most)
+        self.chunk = self._wanted = min(MIN_CHUNK, n_most)
 
     def on_batch(self, n_prefill: int, elapsed_s: float, *, depth: int = 0) -> None:
         """Learn how long a batch with this many prefill tokens took.
 
-        `depth`: the most tokens of a prompt that were computed before.
+        `depth`: how many tokens its attention went over beside its own.
         """
         if n_prefill < _LEAST:
             return
@@ -70,13 +72,20 @@ class Pace:
         size = round(math.log2(n_prefill))
         old = self._known.get(size)
         new = _Known(n_prefill, elapsed_s, depth, self._n_batches)
-        if old is not None and elapsed_s * old.n_tokens > _FALLING * old.seconds * n_prefill:
-            new = replace(new, n_tokens=old.n_tokens, seconds=_FALLING * old.seconds)
+        if (
+            old is not None
+            and abs(depth - old.depth) <= _SHALLOW
+            and elapsed_s * old.n_tokens > _FALLING * old.seconds * n_prefill
+        ):
+            new = replace(old, seconds=_FALLING * old.seconds, last=self._n_batches)
         self._depth = depth
         self._known[size] = new
         oldest = self._n_batches - _KEPT
         self._known = {n: known for n, known in sorted(self._known.items()) if known.last > oldest}
-        self.chunk = min(self._choose(), self._n_most)
+        before, self._wanted = self._wanted, min(self._choose(), self._n_most)
+        is_long = self._expected_s(self._wanted) > LONG_S
+        # One slow batch makes long ones look good, until the next.
+        self.chunk = min(self._wanted, max(before, self.chunk)) if is_long else self._wanted
 
     def _choose(self) -> int:
         """Return the largest size that is quick enough, or worth its time."""
@@ -102,10 +111,10 @@ class Pace:
         """Return how long a batch should take: on the line between what is known around it.
 
         Attention takes the longer the deeper: what a batch took near the beginning of a prompt
-        says nothing deep inside of one.
+        says nothing deep inside of one, nor what it took beside many others of a lone one.
         """
-        least = self._depth / 2 - _SHALLOW
-        known = [one for one in self._known.values() if one.depth >= least]
+        least, most = self._depth / _ALIKE - _SHALLOW, self._depth * _ALIKE + _SHALLOW
+        known = [one for one in self._known.values() if least <= one.depth <= most]
         if len(known) == 1:
             # Nothing tells what a batch costs by itself.
             return known[0].seconds * n_tokens / known[0].n_tokens

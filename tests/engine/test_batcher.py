@@ -86,6 +86,19 @@ def test_beside_a_stream_chunks_grow_where_they_are_quick() -> None:
     assert [bench.step()[long] for _ in range(3)] == [128, 511, 511]
 
 
+@pytest.mark.parametrize(("attends_idle", "depth"), [(True, 1000 + 128), (False, 128)])
+def test_how_deep_a_batch_was_is_told_with_its_time(attends_idle: bool, depth: int) -> None:
+    """With plain attention everybody's cells count, else those of the prompt alone."""
+    bench = Bench(attends_idle=attends_idle)
+    bench.submit(1000)
+    bench.step()
+    bench.step()
+    bench.submit(300)
+    bench.step()
+    bench.step()
+    assert bench.batcher._pace._depth == pytest.approx(depth, abs=3)
+
+
 def test_only_the_last_token_of_a_prompt_gives_logits() -> None:
     bench = Bench()
     bench.submit(600)
