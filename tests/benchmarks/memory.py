@@ -80,6 +80,8 @@ class Sweep:
     is_heavy: bool
     # The bytes in use on each card while it is not loaded.
     before: list[int] = field(default_factory=used_vram)
+    # How long the card showed the last worker after it had gone, in seconds; appended.
+    lingers_s: list[float] = field(default_factory=list)
 
     def rung(self, n_ctx: int, n_cpu_moe: int) -> dict[str, Any]:
         """Load the model with the experts of so many layers in RAM; return the figures in MiB."""
@@ -101,11 +103,11 @@ class Sweep:
         body = {"model": self.model, "set": settings, "unset": list(unset)}
         httpx.post(f"{self.daemon.url}/api/settings", json=body, timeout=30).raise_for_status()
         self.daemon.shimpy("stop", self.model)
-        wait_until_free(self.before)
+        self.lingers_s.append(wait_until_free(self.before))
 
     def _serve(self) -> dict[str, Any]:
         row = _serve(self.daemon, self.model, self.before, is_heavy=self.is_heavy)
-        return row | {"simulated_s": _simulated_s(self.state)}
+        return row | {"simulated_s": _simulated_s(self.state), "linger_s": self.lingers_s[-1]}
 
 
 def _serve(daemon: Daemon, model: str, before: list[int], *, is_heavy: bool) -> dict[str, Any]:
