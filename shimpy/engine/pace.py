@@ -21,7 +21,7 @@ MIN_CHUNK: Final = 128
 _STEP: Final = 32
 LEAST_CHUNK: Final = 64
 LONG_S: Final = 0.2
-_MAX_LOSS: Final = 1.3
+_MAX_LOSS: Final = 1.25
 # A longer batch may take this long...
 STALL_S: Final = 0.1
 # ...or hold more tokens as long as twice as many take no more than this times as long.
@@ -75,6 +75,7 @@ class Pace:
         if (
             old is not None
             and abs(depth - old.depth) <= _SHALLOW
+            and abs(n_prefill - old.n_tokens) < _STEP
             and elapsed_s * old.n_tokens > _FALLING * old.seconds * n_prefill
         ):
             new = replace(old, seconds=_FALLING * old.seconds, last=self._n_batches)

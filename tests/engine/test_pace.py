@@ -82,7 +82,7 @@ def test_after_a_long_prompt_they_are_as_before() -> None:
     """Each chunk is slower than the one before it, until the next prompt begins."""
     pace = Pace(512)
     for depth in range(12):
-        pace.on_batch(pace.chunk, pace.chunk * (0.0013 + 0.0001 * depth))
+        pace.on_batch(pace.chunk, pace.chunk * (0.0013 + 0.0001 * depth), depth=120 * depth)
     assert pace.chunk < MIN_CHUNK
     for _ in range(2):
         pace.on_batch(pace.chunk, pace.chunk * 0.0013)
