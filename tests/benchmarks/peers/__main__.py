@@ -1,7 +1,7 @@
 """Measure shimpy beside its peers: `python -m tests.benchmarks.peers`.
 
-Everything is on this machine and bounded in time. The table goes to stdout, what happens
-meanwhile to stderr.
+Everything is on this machine and bounded in time. The table and what became of the targets go to
+stdout, what happens meanwhile to stderr. Exit status 1: a target was missed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from tests.benchmarks.peers.contenders import BareLoop, Contender, is_installed,
 from tests.benchmarks.peers.models import setup_of
 from tests.benchmarks.peers.scenarios import ALL, Scenario, all_scenarios, warm_up
 from tests.benchmarks.peers.systems import SYSTEMS, Place, System
+from tests.benchmarks.peers.targets import summary, verdicts
 
 Result = dict[str, Any]
 
 
-def main() -> None:
-    """Parse the command line, measure, print the table."""
+def main() -> int:
+    """Parse the command line, measure, print the table; return the exit status."""
     arguments = _parse()
     place = Place(arguments.folder, arguments.peers_python, arguments.threads)
     absent = [name for name in ALL if not is_installed(name, place.peers_python)]
@@ -39,18 +40,25 @@ def main() -> None:
     chosen = [one for one in everything if _is_chosen(one, arguments)]
     if arguments.list:
         print("\n".join(one.name for one in chosen))
-        return
+        return 0
     measure = _Measure(place, present, rounds=arguments.rounds, budget_s=arguments.budget)
     for _, group in itertools.groupby(chosen, key=lambda one: getattr(one, "model", None)):
         measure.group(list(group))
     machine = report.machine_of(place.peers_python)
     machine["threads"] = str(place.n_threads)
     print("; ".join(f"{key}: {value}" for key, value in machine.items()) + "\n")
-    print(report.table(measure.results))
+    print(report.table(measure.results) + "\n")
+    found = [
+        verdict
+        for one in chosen
+        for verdict in verdicts(one.name, one.targets, measure.results[one.name]["rounds"])
+    ]
+    print(summary(found))
     if arguments.json:
         report.save(arguments.json, machine, measure.results)
     if arguments.plots:
         report.plot(arguments.plots, measure.results)
+    return 0 if all(verdict.is_met for verdict in found) else 1
 
 
 def _parse() -> argparse.Namespace:
@@ -170,4 +178,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.benchmarks.peers import client
 from tests.benchmarks.peers.contenders import BareLoop, Contender, Server, cpu_s
+from tests.benchmarks.peers.targets import NOISE, Target, at_least, at_most, of_streams
 
 Metrics = dict[str, float]
 # Makes prompts: how many, of how many tokens, from which seed.
@@ -50,6 +51,7 @@ class Scenario:
     run: Callable[[Contender, MakePrompts, int], Coroutine[Any, Any, Metrics]]
     # Part of `--quick`.
     is_quick: bool = False
+    targets: tuple[Target, ...] = ()
 
 
 def streams(
@@ -71,6 +73,7 @@ def streams(
         headline=("tok_per_s", "decode_per_s", "prefill_per_s", "ttft_ms", "cpu_ms_per_token"),
         run=run,
         is_quick=is_quick,
+        targets=of_streams(n_streams),
     )
 
 
@@ -88,6 +91,8 @@ def shared_prefix(model: str, n_prefix: int, n_streams: int) -> Scenario:
         contenders=SERVERS,
         headline=("tok_per_s", "ttft_ms", "n_computed"),
         run=run,
+        # Once, and the ends.
+        targets=(at_most("n_computed", 1.2 * n_prefix),),
     )
 
 
@@ -122,6 +127,7 @@ def arrival(model: str, n_prompt: int) -> Scenario:
         headline=("stall_ms", "ttft_ms"),
         run=run,
         is_quick=True,
+        targets=(at_most("stall_ms", 300),) if model == "dense-200m" else (),
     )
 
 
@@ -166,6 +172,7 @@ def overhead(model: str, n_streams: int) -> Scenario:
         headline=("added_ttft_ms", "daemon_cpu_ms_per_token"),
         run=run,
         is_quick=True,
+        targets=(at_most("added_ttft_ms", 1.5), at_most("daemon_cpu_ms_per_token", 0.1)),
     )
 
 
@@ -204,6 +211,7 @@ def schema(model: str) -> Scenario:
         headline=("schema_ms_per_token", "schema_by_free"),
         run=run,
         is_quick=True,
+        targets=(at_most("schema_by_free", 1.3),),
     )
 
 
@@ -226,6 +234,7 @@ def embeddings(model: str) -> Scenario:
         headline=("texts_per_s",),
         run=run,
         is_quick=True,
+        targets=(at_least("texts_per_s", 1 - NOISE, "xllamacpp"),),
     )
 
 

@@ -22,6 +22,7 @@ from shimpy.units import MIB
 from tests.benchmarks.peers.contenders import Server, start
 from tests.benchmarks.peers.models import many_models, setup_of
 from tests.benchmarks.peers.scenarios import Metrics, warm_up
+from tests.benchmarks.peers.targets import Target, at_most
 from tests.daemon import running_daemon
 
 _N_MODELS = 1000
@@ -46,6 +47,7 @@ class System:
     headline: tuple[str, ...]
     run: Callable[[str, Place], Metrics]
     is_quick: bool = False
+    targets: tuple[Target, ...] = ()
 
 
 def cold_start(name: str, place: Place) -> Metrics:
@@ -125,6 +127,7 @@ SYSTEMS = [
         headline=("first_answer_ms", "first_token_ms"),
         run=cold_start,
         is_quick=True,
+        targets=(at_most("first_answer_ms", 600),),
     ),
     System(
         name="idle footprint",
@@ -132,6 +135,7 @@ SYSTEMS = [
         headline=("daemon_mib", "worker_mib"),
         run=footprint,
         is_quick=True,
+        targets=(at_most("daemon_mib", 80e6 / MIB), at_most("worker_mib", 70e6 / MIB)),
     ),
     System(
         name="hot swap, 200M and 300M",
@@ -144,6 +148,7 @@ SYSTEMS = [
         contenders=("shimpy",),
         headline=("list_ms", "restarted_ms", "never_seen_ms"),
         run=long_list,
+        targets=(at_most("list_ms", 300), at_most("restarted_ms", 300)),
     ),
 ]
 

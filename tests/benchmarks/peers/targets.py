@@ -1,0 +1,89 @@
+"""What each measurement has to show: a number, or a ratio to another contender's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tests.benchmarks.peers.report import US, Rounds, median_of, ratio_to
+
+# Medians of a few rounds of equal programs differ by so much.
+NOISE = 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A bound of shimpy's median; with `by`, of its ratio to that contender's."""
+
+    metric: str
+    bound: float
+    at_least: bool
+    by: str | None = None
+
+    def __str__(self) -> str:
+        """Return the target as the verdict has it."""
+        sign = ">=" if self.at_least else "<="
+        return f"{self.metric}{f' by {self.by}' if self.by else ''} {sign} {self.bound:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a target came to."""
+
+    work: str
+    target: Target
+    found: float
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the bound holds."""
+        if self.target.at_least:
+            return self.found >= self.target.bound
+        return self.found <= self.target.bound
+
+    def __str__(self) -> str:
+        """Return a line that says so."""
+        return f"{'met' if self.is_met else 'MISSED'} {self.found:.3g} {self.work}: {self.target}"
+
+
+def at_least(metric: str, bound: float, by: str | None = None) -> Target:
+    """Return a target that a number, or ratio, reaches."""
+    return Target(metric=metric, bound=bound, at_least=True, by=by)
+
+
+def at_most(metric: str, bound: float, by: str | None = None) -> Target:
+    """Return a target that a number, or ratio, stays below."""
+    return Target(metric=metric, bound=bound, at_least=False, by=by)
+
+
+def of_streams(n_streams: int) -> tuple[Target, ...]:
+    """Return what is wanted of answers that are asked for at once."""
+    targets = [
+        at_least("tok_per_s", 1 - NOISE, "xllamacpp"),
+        at_most("ttft_ms", 1 + NOISE, "xllamacpp"),
+    ]
+    if n_streams in {1, 8}:
+        targets += [at_least("decode_per_s", 1 - NOISE, "bare")]
+        targets += [at_least("prefill_per_s", 1 - NOISE, "bare")]
+    if n_streams == 8:
+        targets += [at_least("tok_per_s", 1.5, "llama_cpp.server")]
+        targets += [at_most("ttft_ms", 0.5, "llama_cpp.server")]
+    return tuple(targets)
+
+
+def verdicts(work: str, targets: Iterable[Target], rounds: Rounds) -> Iterator[Verdict]:
+    """Yield what the targets came to, but for contenders that were not there."""
+    for target in targets:
+        if target.by is None:
+            found = median_of(rounds, US, target.metric)
+        else:
+            found = ratio_to(rounds, target.by, target.metric)
+        if found is not None:
+            yield Verdict(work, target, found)
+
+
+def summary(found: Sequence[Verdict]) -> str:
+    """Return all of them, those that were missed last."""
+    ordered = sorted(found, key=lambda verdict: not verdict.is_met)
+    n_met = sum(verdict.is_met for verdict in found)
+    return "\n".join([*map(str, ordered), f"{n_met} of {len(found)} targets are met"])
