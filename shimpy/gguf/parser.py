@@ -51,6 +51,8 @@ _U64 = struct.Struct("<Q")
 _COUNTS = struct.Struct("<QQ")
 _ARRAY_HEAD = struct.Struct("<IQ")
 _SCALARS = {number: struct.Struct("<" + fmt) for number, fmt in SCALAR_FORMATS.items()}
+# Shape, type and offset of a tensor, by how many dimensions it has.
+_TENSORS = tuple(struct.Struct(f"<{n_dims}QIQ") for n_dims in range(MAX_DIMS + 1))
 _SMALLEST_PAIR = 8 + 4 + 1
 _SMALLEST_TENSOR = 8 + 4 + 4 + 8
 
@@ -75,11 +77,13 @@ class _Parser:
         self._buffer = buffer
         self._name = name
         self._end = len(buffer)
+        # What is before this need not be looked at more closely: it is there, and allowed.
+        self._limit = min(self._end, MAX_HEADER_BYTES)
         self._position = 0
 
     def parse(self) -> Header:
         version = self._parse_version()
-        n_tensors, n_pairs = self._unpack(_COUNTS, "its counts")
+        n_tensors, n_pairs = self._unpack(_COUNTS, "its", "counts")
         self._check_count("tensors", n_tensors, MAX_TENSORS, _SMALLEST_TENSOR)
         self._check_count("metadata pairs", n_pairs, MAX_PAIRS, _SMALLEST_PAIR)
         metadata = self._parse_metadata(n_pairs)
@@ -107,10 +111,10 @@ class _Parser:
             return hashlib.sha256(head).hexdigest()
 
     def _parse_version(self) -> int:
-        magic = self._take(4, "its magic number")
+        magic = self._take(4, "its magic", "number")
         if magic != MAGIC:
             raise self._error(_explain_magic(self._buffer[:64]))
-        (version,) = self._unpack(_U32, "its version")
+        (version,) = self._unpack(_U32, "its", "version")
         if version in SUPPORTED_VERSIONS:
             return version
         if version & 0xFFFF == 0:
@@ -122,26 +126,26 @@ class _Parser:
     def _parse_metadata(self, n_pairs: int) -> dict[str, MetadataValue]:
         metadata: dict[str, MetadataValue] = {}
         for number in range(n_pairs):
-            key = self._parse_string(f"the key of metadata pair {number}", MAX_KEY_BYTES)
+            key = self._parse_string("the key of metadata pair", number, MAX_KEY_BYTES)
             if not key or key in metadata:
                 raise self._error(f"metadata key {key!r} (pair {number}) is empty or there twice")
-            (value_type,) = self._unpack(_U32, f"the type of {key}")
+            (value_type,) = self._unpack(_U32, "the type of", key)
             metadata[key] = self._parse_value(key, value_type)
         return metadata
 
     def _parse_value(self, key: str, value_type: int) -> MetadataValue:
         if value_type == STRING_TYPE:
-            return self._parse_string(f"metadata {key}", MAX_HEADER_BYTES)
+            return self._parse_string("metadata", key, MAX_HEADER_BYTES)
         if value_type == ARRAY_TYPE:
             return self._parse_array(key)
         scalar = _SCALARS.get(value_type)
         if scalar is None:
             raise self._error(f"metadata {key} has the unknown type {value_type}")
-        value: int | float | bool = self._unpack(scalar, f"metadata {key}")[0]
+        value: int | float | bool = self._unpack(scalar, "metadata", key)[0]
         return value
 
     def _parse_array(self, key: str) -> GgufArray:
-        value_type, count = self._unpack(_ARRAY_HEAD, f"the array {key}")
+        value_type, count = self._unpack(_ARRAY_HEAD, "the array", key)
         start = self._position
         if value_type == STRING_TYPE:
             self._check_size(f"the array {key} of {count} strings", count * _U64.size)
@@ -187,13 +191,11 @@ class _Parser:
         return tuple(tensors.values())
 
     def _parse_tensor(self, number: int) -> TensorInfo:
-        name = self._parse_string(f"the name of tensor {number}", MAX_TENSOR_NAME_BYTES)
-        (n_dims,) = self._unpack(_U32, f"tensor {name}")
+        name = self._parse_string("the name of tensor", number, MAX_TENSOR_NAME_BYTES)
+        (n_dims,) = self._unpack(_U32, "tensor", name)
         if n_dims > MAX_DIMS:
             raise self._error(f"tensor {name} has {n_dims} dimensions; at most {MAX_DIMS} can be")
-        *shape, type_id, offset = self._unpack(
-            struct.Struct(f"<{n_dims}QIQ"), f"the tensor table at {name}"
-        )
+        *shape, type_id, offset = self._unpack(_TENSORS[n_dims], "the tensor table at", name)
         ggml_type = self._tensor_type(name, type_id)
         n_elements = 1
         for extent in shape:
@@ -224,21 +226,30 @@ class _Parser:
             )
         raise self._error(f"tensor {name} is of the unknown type {type_id}")
 
-    def _parse_string(self, what: str, max_bytes: int) -> str:
-        (length,) = self._unpack(_U64, what)
-        if length > max_bytes:
-            raise self._error(f"{what} claims {length} bytes; at most {max_bytes} can be")
-        return self._take(length, what).decode("utf-8", "replace")
+    # These three are called for each field of a header: where all is well they call nothing
+    # else, and what they were at is put into words for an error only, from `what` and `which`.
 
-    def _unpack(self, layout: struct.Struct, what: str) -> tuple[int, ...]:
+    def _parse_string(self, what: str, which: object, max_bytes: int) -> str:
+        (length,) = self._unpack(_U64, what, which)
+        if length > max_bytes:
+            raise self._error(f"{what} {which} claims {length} bytes; at most {max_bytes} can be")
+        return self._take(length, what, which).decode("utf-8", "replace")
+
+    def _unpack(self, layout: struct.Struct, what: str, which: object) -> tuple[int, ...]:
         start = self._position
-        self._skip(layout.size, what)
+        end = start + layout.size
+        if end > self._limit:
+            self._check_size(f"{what} {which}", layout.size)
+        self._position = end
         return layout.unpack_from(self._buffer, start)
 
-    def _take(self, n_bytes: int, what: str) -> bytes:
+    def _take(self, n_bytes: int, what: str, which: object) -> bytes:
         start = self._position
-        self._skip(n_bytes, what)
-        return bytes(self._buffer[start : self._position])
+        end = start + n_bytes
+        if end > self._limit:
+            self._check_size(f"{what} {which}", n_bytes)
+        self._position = end
+        return self._buffer[start:end]
 
     def _skip(self, n_bytes: int, what: str) -> None:
         self._check_size(what, n_bytes)

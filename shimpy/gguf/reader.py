@@ -9,6 +9,8 @@ from io import SEEK_END
 from pathlib import Path
 from typing import BinaryIO, Final
 
+import msgspec
+
 from shimpy.errors import GgufError
 from shimpy.gguf.header import Header
 from shimpy.gguf.parser import parse_header
@@ -139,7 +141,9 @@ def merge_headers(parts: Sequence[Header]) -> Header:
             raise GgufError(
                 f"{part.name}: is shard {part.get_int('split.no') + 1} inside, {number + 1} by name"
             )
-    tensors = [replace(t, shard=i) for i, part in enumerate(parts) for t in part.tensors]
+    tensors = [
+        msgspec.structs.replace(t, shard=i) for i, part in enumerate(parts) for t in part.tensors
+    ]
     seen: dict[str, int] = {}
     for tensor in tensors:
         other = seen.setdefault(tensor.name, tensor.shard)

@@ -472,10 +472,10 @@ def test_vocabulary_is_skipped_not_decoded(tmp_path: Path, monkeypatch: pytest.M
     n_strings = 0
     parse_string = parser._Parser._parse_string
 
-    def count(self: parser._Parser, what: str, max_bytes: int) -> str:
+    def count(self: parser._Parser, what: str, which: object, max_bytes: int) -> str:
         nonlocal n_strings
         n_strings += 1
-        return parse_string(self, what, max_bytes)
+        return parse_string(self, what, which, max_bytes)
 
     monkeypatch.setattr(parser._Parser, "_parse_string", count)
     tokens = read_header(path).get_array("tokenizer.ggml.tokens")
