@@ -89,10 +89,13 @@ class HeaderIndex:
         try:
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version != _SCHEMA_VERSION:
+                # Nothing is lost with an empty table: what waits for it need not wait for the disk.
+                database.execute("PRAGMA synchronous = OFF")
                 with database:
                     database.execute("DROP TABLE IF EXISTS headers")
                     database.execute(_CREATE)
                     database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                database.execute("PRAGMA synchronous = FULL")
         except BaseException:
             database.close()
             raise

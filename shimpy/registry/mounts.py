@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -31,11 +32,17 @@ _LOCAL_KINDS: Final = frozenset(
 
 def is_local(path: Path) -> bool:
     """Whether a file, and a link to it, is on a disk of this machine; blocking."""
+    return are_local([path])
+
+
+def are_local(paths: Iterable[Path]) -> bool:
+    """Whether all files, and the links to them, are on disks of this machine; blocking."""
     import psutil  # type: ignore[import-untyped]
 
     kinds = {one.mountpoint: one.fstype for one in psutil.disk_partitions(all=True)}
     return all(
         _kind_at(name, kinds) in _LOCAL_KINDS
+        for path in paths
         for name in {os.path.abspath(path), os.path.realpath(path)}  # noqa: PTH100 (no link read)
     )
 
