@@ -20,8 +20,8 @@ MIN_CHUNK: Final = 128
 # this, unless each token would take so many times as long then.
 _STEP: Final = 32
 LEAST_CHUNK: Final = 64
-LONG_S: Final = 0.2
-_MAX_LOSS: Final = 1.25
+LONG_S: Final = 0.19
+_MAX_LOSS: Final = 1.3
 # A longer batch may take this long...
 STALL_S: Final = 0.1
 # ...or hold more tokens as long as twice as many take no more than this times as long.

@@ -31,7 +31,7 @@ def test_on_a_slow_machine_chunks_stay_short(before: tuple[int, ...]) -> None:
     assert set(settle(lambda n: 0.01 + n * 0.00135, before=before)) == {MIN_CHUNK}
 
 
-@pytest.mark.parametrize(("token_s", "expected"), [(0.002, 96), (0.003, LEAST_CHUNK)])
+@pytest.mark.parametrize(("token_s", "expected"), [(0.0018, 96), (0.003, LEAST_CHUNK)])
 @pytest.mark.parametrize("before", [(), (64,), (512,), (64, 512, 2048)])
 def test_where_they_would_be_long_they_shrink(
     before: tuple[int, ...], token_s: float, expected: int
