@@ -28,7 +28,7 @@ def settle(
 @pytest.mark.parametrize("before", [(), (64,), (512,), (64, 512, 2048)])
 def test_on_a_slow_machine_chunks_stay_short(before: tuple[int, ...]) -> None:
     """Two cores and a 200M model: 128 tokens in 0.17 s, 256 in 0.38 s."""
-    assert set(settle(lambda n: 0.01 + n * 0.00135, before=before)) == {MIN_CHUNK}
+    assert set(settle(lambda n: 0.01 + n * 0.00135, before=before)[2:]) == {MIN_CHUNK}
 
 
 @pytest.mark.parametrize(("token_s", "expected"), [(0.0018, 96), (0.003, LEAST_CHUNK)])
