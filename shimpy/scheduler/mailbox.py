@@ -49,7 +49,9 @@ class Mailbox:
             self._unread_bytes += _size(mail)
         elif not isinstance(mail, Prefilled):
             self.is_answered = True
-        self._wake()
+        # As `_wake`, without the call: this is done for each token.
+        if (waiter := self._waiter) is not None and not waiter.done():
+            waiter.set_result(None)
 
     def close(self, error: BaseException) -> None:
         """Let the reader have what is here, then raise `error`; the first close counts."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -254,9 +255,14 @@ FOREVER_S = 9_223_372_036
 def format_time(ns: int) -> str:
     """Return nanoseconds since the epoch as Go's RFC3339Nano in UTC: no trailing zeros."""
     seconds, fraction = divmod(ns, 1_000_000_000)
-    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     digits = f".{fraction:09d}".rstrip("0").rstrip(".")
-    return f"{text}{digits}Z"
+    return f"{_format_second(seconds)}{digits}Z"
+
+
+# Each token of an answer tells its time.
+@lru_cache(maxsize=8)
+def _format_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def format_local_time(seconds: float) -> str:
