@@ -18,6 +18,7 @@ from shimpy.engine.batcher import Batch, Batcher, Park, Restore
 from shimpy.engine.embeddings import Embeddings
 from shimpy.engine.generation import Generation, Pieces
 from shimpy.engine.intake import Inbox, Inputs, Prompted, Work
+from shimpy.engine.outbox import Outbox
 from shimpy.engine.parked import ParkedPrefixes
 from shimpy.engine.parking import QUIET_S
 from shimpy.engine.prefix_store import PrefixStore
@@ -26,12 +27,9 @@ from shimpy.engine.text_embeddings import TextEmbeddings
 from shimpy.errors import ProtocolError, QueueFullError, ShimpyError, WorkerError
 from shimpy.protocol.messages import (
     Cancel,
-    Delta,
     Done,
-    Events,
     Failed,
     FinishReason,
-    Prefilled,
     SetThreads,
     Shutdown,
     Stats,
@@ -90,7 +88,7 @@ class Engine:
         self._generations: dict[int, Generation] = {}
         self._plain = Pieces(backend, special=False)
         self._special = Pieces(backend, special=True)
-        self._events: list[Delta | Prefilled | Done | Failed] = []
+        self._outbox = Outbox(send)
         self._stats = Stats(0, 0, 0)
         self._stats_sent_s = -STATS_INTERVAL_S
         self._is_stopping = False
@@ -112,7 +110,11 @@ class Engine:
         while not self._inbox.empty():
             self._on_work(self._inbox.get_nowait())
         now = self._clock()
-        match self._batcher.next_batch(now):
+        todo = self._batcher.next_batch(now)
+        if not (isinstance(todo, Batch) and not todo.n_prefill):
+            # It may take long, or is the last step for now.
+            self._outbox.send()
+        match todo:
             case Batch() as batch:
                 self._run(batch, now)
             case Restore() as restore:
@@ -184,7 +186,7 @@ class Engine:
         if generation is not None:
             self._end(generation, "cancelled")
         elif self._embeddings.cancel(request) or self._texts.cancel(request):
-            self._events.append(Done(request, "cancelled", 0, 0, 0, prefill_s=0.0, decode_s=0.0))
+            self._outbox.add(Done(request, "cancelled", 0, 0, 0, prefill_s=0.0, decode_s=0.0))
 
     # --- one batch ---
 
@@ -253,23 +255,32 @@ class Engine:
             self._fail_sequence(sequence, error)
 
     def _sample(self, batch: Batch, now: float) -> None:
-        row = 0
+        """Draw a token for each output; who waits for a first one is told before the others."""
         texts: list[Sequence] = []
-        for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
-            if not chunk.wants_logits:
-                continue
-            if sequence in self._texts:
-                texts.append(sequence)
-            else:
-                generation = self._generations[sequence.request]
-                try:
-                    self._advance(generation, row, now)
-                except Exception as error:  # noqa: BLE001 - one request's boundary
-                    self._fail(generation, error)
-            row += 1
+        outputs = zip(batch.sequences, batch.chunks, strict=True)
+        rows = list(enumerate(sequence for sequence, chunk in outputs if chunk.wants_logits))
+        if batch.n_prefill:
+            later = [row for row in rows if row[1].n_generated]
+            for row, sequence in rows:
+                if not sequence.n_generated:
+                    self._draw(row, sequence, texts, now)
+            self._outbox.send()
+            rows = later
+        for row, sequence in rows:
+            self._draw(row, sequence, texts, now)
         # Last, as it overwrites the logits.
         for group in self._texts.alike(texts):
             self._embed(group)
+
+    def _draw(self, row: int, sequence: Sequence, texts: list[Sequence], now: float) -> None:
+        if sequence in self._texts:
+            texts.append(sequence)
+            return
+        generation = self._generations[sequence.request]
+        try:
+            self._advance(generation, row, now)
+        except Exception as error:  # noqa: BLE001 - one request's boundary
+            self._fail(generation, error)
 
     def _embed(self, texts: list[Sequence]) -> None:
         try:
@@ -284,7 +295,7 @@ class Engine:
     def _advance(self, generation: Generation, row: int, now: float) -> None:
         """Sample a request's next token and say what is certain of its text."""
         if (prefilled := generation.on_prefilled(now)) is not None:
-            self._events.append(prefilled)
+            self._outbox.add(prefilled)
             if generation.sequence.n_predict == 0:
                 self._end(generation, "length")
                 return
@@ -306,10 +317,10 @@ class Engine:
 
     def _tell(self, generation: Generation, text: str) -> None:
         if (delta := generation.delta(text)) is not None:
-            self._events.append(delta)
+            self._outbox.add_text(delta)
 
     def _end(self, generation: Generation, reason: FinishReason) -> None:
-        self._events.append(generation.done(reason, self._clock()))
+        self._outbox.add(generation.done(reason, self._clock()))
         self._close(generation)
 
     def _fail(self, generation: Generation, error: Exception, *, keep_kv: bool = True) -> None:
@@ -330,11 +341,11 @@ class Engine:
 
     def _refuse(self, request: int, error: Exception) -> None:
         if isinstance(error, ShimpyError):
-            self._events.append(Failed(request, error.code, error.message))
+            self._outbox.add(Failed(request, error.code, error.message))
             return
         traceback.print_exception(error, file=sys.stderr)
         message = f"the worker failed on this request: {type(error).__name__}: {error}"
-        self._events.append(Failed(request, WorkerError.code, message))
+        self._outbox.add(Failed(request, WorkerError.code, message))
 
     def _close(self, generation: Generation, *, keep_kv: bool = True) -> None:
         del self._generations[generation.request]
@@ -342,10 +353,8 @@ class Engine:
         generation.sampler.close()
 
     def _flush(self) -> None:
-        if self._events:
-            self._send(Events(self._events))
-            self._events = []
         now = self._clock()
+        self._outbox.flush(now)
         if (
             now - self._stats_sent_s >= STATS_INTERVAL_S
             and (stats := self._measure()) != self._stats

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from shimpy.engine import loop
+from shimpy.engine.backend import Chunk
+from shimpy.engine.outbox import INTERVAL_S
 from shimpy.errors import ProtocolError
 from shimpy.protocol.messages import (
     Between,
@@ -53,7 +56,7 @@ def scripted(*tokens: int, **shape: Any) -> Rig:
 def test_a_request_is_prefilled_then_speaks_then_is_done() -> None:
     rig = scripted(THE, FOX, EOS)
     heard: list[ToDaemon] = []
-    rig.engine._send = heard.append
+    rig.hear = heard.append  # type: ignore[method-assign]
     rig.submit(1, "hi")
     rig.finish()
     events = [event for message in heard if isinstance(message, Events) for event in message.events]
@@ -71,9 +74,62 @@ def test_one_frame_a_step_holds_the_news_of_all() -> None:
         rig.submit(request, "hi", n_predict=9)
     rig.step(2)
     n_frames = rig.n_frames
-    rig.step(5)
+    for _ in range(5):
+        rig.now += INTERVAL_S
+        rig.step()
     assert rig.n_frames == n_frames + 5
     assert [rig.told[request].n_tokens for request in range(4)] == [7] * 4
+
+
+def test_text_of_quick_steps_shares_a_frame_but_a_first_token_and_an_end_do_not_wait() -> None:
+    rig = scripted(*[THE] * 9)
+    rig.now = 1.0
+    rig.submit(1, "hi", n_predict=9)
+    n_told = []
+    for _ in range(9):
+        rig.step()
+        n_told.append(rig.told[1].n_tokens)
+        rig.now += INTERVAL_S / 3
+    # The first; the second, since no text was sent before; every third; the end.
+    assert n_told == [1, 2, 2, 2, 5, 5, 5, 8, 9]
+
+
+def test_no_text_waits_for_a_step_that_may_be_long() -> None:
+    rig = scripted(*[THE] * 99)
+    rig.submit(1, "hi", n_predict=9)
+    rig.step(4)
+    assert rig.told[1].n_tokens == 2
+    rig.submit(2, "other", n_predict=9)
+    told: list[int] = []
+    decode = rig.backend.decode
+
+    def look(chunks: Sequence[Chunk]) -> int:
+        told.append(rig.told[1].n_tokens)
+        return decode(chunks)
+
+    rig.backend.decode = look  # type: ignore[method-assign]
+    rig.step()
+    assert told == [4]
+
+
+def test_a_first_token_is_told_before_others_are_drawn() -> None:
+    rig = scripted(*[THE] * 99)
+    rig.submit(1, "hi", n_predict=9)
+    rig.step(3)
+    rig.submit(2, "other", n_predict=9)
+    heard: list[list[int]] = []
+    hear = rig.hear
+
+    def listen(message: ToDaemon) -> None:
+        if isinstance(message, Events):
+            heard.append([event.request for event in message.events])
+        hear(message)
+
+    rig.hear = listen  # type: ignore[method-assign]
+    rig.now += INTERVAL_S
+    rig.step()
+    # What was held back of the first one's; the newcomer's; then the first one's next.
+    assert heard == [[1], [2, 2], [1]]
 
 
 def test_tokens_without_text_are_counted_with_the_next_text() -> None:
@@ -518,14 +574,14 @@ def test_shutdown_ends_running_requests_as_cancelled_and_the_loop() -> None:
 def test_an_idle_loop_waits_for_work_in_another_thread() -> None:
     rig = scripted(THE, EOS)
     ended = threading.Event()
-    hear = rig.engine._send
+    hear = rig.hear
 
     def hear_and_tell(message: ToDaemon) -> None:
         hear(message)
         if rig.told[1].ends:
             ended.set()
 
-    rig.engine._send = hear_and_tell
+    rig.hear = hear_and_tell  # type: ignore[method-assign]
     thread = threading.Thread(target=rig.engine.run)
     thread.start()
     rig.submit(1, "hi")
