@@ -399,7 +399,7 @@ class Batcher:
         n_decode = len(generating)
         n_prefill = self._n_batch - n_decode
         if n_decode:
-            n_prefill = min(n_prefill, self._pace.chunk)
+            n_prefill = min(n_prefill, self._pace.chunk_for(len(prefilling)))
         n_prefill = min(n_prefill, sum(s.n_pending for s in prefilling))
         cells = self._slots.cells
         while (n_missing := n_decode + n_prefill - cells.n_free) > 0:

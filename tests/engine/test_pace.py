@@ -144,3 +144,13 @@ def test_a_stream_seldom_waits_longer_than_it_should(fixed_s: float, token_s: fl
     limit_s = max(STALL_S, 4 * fixed_s)
     too_long = [n for n in sizes if n > MIN_CHUNK and fixed_s + token_s * n > limit_s * 1.01]
     assert len(too_long) <= len(sizes) / 8
+
+
+def test_a_chunk_is_shortened_for_a_prompt_that_comes_alone() -> None:
+    pace = Pace(2048)
+    for depth in range(0, 1536, 128):
+        pace.on_batch(128, 0.17 + 0.12e-3 * depth, depth=depth)
+        pace.on_batch(64, 0.1 + 0.06e-3 * depth, depth=depth)
+    assert pace.chunk_for(1) == pace.chunk < MIN_CHUNK
+    assert pace.chunk_for(2) == MIN_CHUNK
+    assert Pace(32).chunk_for(2) == 32
