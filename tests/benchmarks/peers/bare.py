@@ -96,7 +96,7 @@ class Bare:
         return prompts
 
     def generate(self, prompts: list[str], n_predict: int) -> dict[str, Any]:
-        """Answer all prompts; return the seconds to the first and to the last token of each."""
+        """Answer all prompts; return the seconds to each token of each."""
         LL.llama_memory_clear(self._memory, True)
         started = time.perf_counter()
         n_slots = len(prompts)
@@ -107,14 +107,14 @@ class Bare:
         positions = np.array([len(one) for one in ids], np.int32)
         self._seq[:n_slots] = np.arange(n_slots)
         self._wanted[:n_slots] = 1
+        later: list[float] = []
         for step in range(n_predict - 1):
             self._token[:n_slots] = tokens
             self._pos[:n_slots] = positions + step
             tokens = self._decode(n_slots, n_slots)
-        end_s = time.perf_counter() - started
+            later.append(time.perf_counter() - started)
         return {
-            "first_s": (firsts - started).tolist(),
-            "end_s": [end_s] * n_slots,
+            "arrivals_s": [[first, *later] for first in (firsts - started).tolist()],
             "n_prompt": [len(one) for one in ids],
         }
 

@@ -17,6 +17,8 @@ import aiohttp
 _PATIENCE = aiohttp.ClientTimeout(total=280)
 _EVENT = b"data: "
 _ACCEPTED_S = 0.02
+# Tokens of each answer that tell how fast decoding is.
+_LEAST_DECODED = 8
 
 
 @dataclass(slots=True)
@@ -25,8 +27,9 @@ class Stream:
 
     started_s: float
     arrivals_s: list[float] = field(default_factory=list)
+    # How many events came with each arrival.
+    n_arrived: list[int] = field(default_factory=list)
     end_s: float = 0.0
-    n_events: int = 0
     # Of the servers that tell.
     usage: dict[str, Any] | None = None
 
@@ -35,11 +38,21 @@ class Stream:
         return self.arrivals_s[0]
 
     @property
+    def n_events(self) -> int:
+        return sum(self.n_arrived)
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of the answer; who tells no count sends an event for each."""
         if self.usage is None:
             return self.n_events
         return int(self.usage["completion_tokens"])
+
+    def n_tokens_until(self, when_s: float) -> float:
+        """Return how many tokens had come by then; each event has as many as the others."""
+        arrived = zip(self.arrivals_s, self.n_arrived, strict=True)
+        n_events = sum(n for at_s, n in arrived if at_s <= when_s)
+        return n_events * self.n_tokens / self.n_events
 
 
 def connect() -> aiohttp.ClientSession:
@@ -68,8 +81,8 @@ async def stream(
             n -= b"[DONE]" in data
             if n > 0:
                 found.arrivals_s.append(now_s)
-                found.n_events += n
-            if began is not None and found.n_events >= began_after:
+                found.n_arrived.append(n)
+            if began is not None and not began.is_set() and found.n_events >= began_after:
                 began.set()
             if b'"usage":{' in data:
                 found.usage = _usage(data)
@@ -128,23 +141,29 @@ async def post(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> t
     return took_s, data
 
 
-def speeds(
-    first_s: Sequence[float], end_s: Sequence[float], n_prompt: int, n_tokens: Sequence[int]
-) -> dict[str, float]:
+def speeds(streams: Sequence[Stream], n_prompt: int) -> dict[str, float]:
     """Return what is compared of answers that were asked for at once.
 
-    tok_per_s: generated tokens by the time of the whole; prefill_per_s: prompt tokens by the
-    time to the last first token; decode_per_s: tokens after the first by the mean time for them.
+    tok_per_s: generated tokens by the time of the whole. prefill_per_s: what was computed until
+    the last first token, prompts and the tokens of those that answered already, by that time.
+    decode_per_s: tokens of all while all answered, no prompt beside them, by that time; left out
+    where that was too short.
     """
-    n = len(first_s)
-    decode_s = statistics.mean(end_s) - statistics.mean(first_s)
-    return {
-        "tok_per_s": sum(n_tokens) / max(end_s),
-        "prefill_per_s": n * n_prompt / max(first_s),
-        "decode_per_s": (sum(n_tokens) - n) / decode_s,
-        "ttft_ms": 1000 * statistics.mean(first_s),
-        "ttft_max_ms": 1000 * max(first_s),
+    n = len(streams)
+    firsts_s = [one.first_s for one in streams]
+    last_first_s = max(firsts_s)
+    first_end_s = min(one.arrivals_s[-1] for one in streams)
+    n_before = sum(one.n_tokens_until(last_first_s) for one in streams)
+    n_between = sum(one.n_tokens_until(first_end_s) for one in streams) - n_before
+    metrics = {
+        "tok_per_s": sum(one.n_tokens for one in streams) / max(one.end_s for one in streams),
+        "prefill_per_s": (n * n_prompt + n_before - n) / last_first_s,
+        "ttft_ms": 1000 * statistics.mean(firsts_s),
+        "ttft_max_ms": 1000 * last_first_s,
     }
+    if n_between >= _LEAST_DECODED * n:
+        metrics["decode_per_s"] = n_between / (first_end_s - last_first_s)
+    return metrics
 
 
 def longest_gap_s(found: Stream, since_s: float) -> float:

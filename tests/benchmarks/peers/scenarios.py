@@ -258,18 +258,17 @@ async def _answer_all(
     if isinstance(contender, BareLoop):
         job = {"do": "generate", "prompts": list(prompts), "n_predict": n_predict}
         took = await asyncio.to_thread(contender.ask, **job)
-        return client.speeds(took["first_s"], took["end_s"], n_prompt, [n_predict] * len(prompts))
+        answers = [
+            client.Stream(0.0, times, [1] * len(times), end_s=times[-1])
+            for times in took["arrivals_s"]
+        ]
+        return client.speeds(answers, n_prompt)
     url = f"{contender.url}/v1/completions"
     async with client.connect() as http:
         found = await asyncio.gather(
             *(client.stream(http, url, _body(contender, prompt, n_predict)) for prompt in prompts)
         )
-    metrics = client.speeds(
-        [one.first_s for one in found],
-        [one.end_s for one in found],
-        n_prompt,
-        [one.n_tokens for one in found],
-    )
+    metrics = client.speeds(found, n_prompt)
     usages = [one.usage for one in found if one.usage]
     if len(usages) == len(found):
         cached = [
