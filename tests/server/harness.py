@@ -50,6 +50,12 @@ class Running:
         assert response.status_code == 200, response.text
         return [msgspec.json.decode(line) for line in response.text.splitlines()]
 
+    async def unload_all(self) -> None:
+        """Have no model loaded; the only one that is loaded answers who names none."""
+        for model in (await self.client.get("/api/ps")).json()["models"]:
+            response = await self.client.post(f"/api/models/{model['name']}/unload")
+            assert response.status_code == 200, response.text
+
 
 @asynccontextmanager
 async def open_store(root: Path) -> AsyncIterator[Store]:

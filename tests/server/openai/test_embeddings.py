@@ -127,6 +127,8 @@ async def test_a_text_over_the_context_is_an_error_unless_it_may_be_cut(app: Run
     ],
 )
 async def test_errors_name_what_is_wrong(app: Running, body: dict[str, Any], words: str) -> None:
+    if "model" in body:
+        await app.unload_all()
     answer = await app.client.post(PATH, json={"model": "bert", "input": "a b"} | body)
     assert answer.status_code == 400, answer.text
     assert words in answer.json()["error"]["message"]
