@@ -68,7 +68,7 @@ class Executor:
                 case fx.StartWorker():
                     self._start_worker(effect)
                 case fx.StopWorker():
-                    self.crew[effect.worker].stop(effect.reason, is_urgent=effect.is_urgent)
+                    self._stop_worker(effect)
                 case fx.Grant():
                     self._answer(effect.request, self._lease(effect))
                 case fx.Reject():
@@ -184,7 +184,15 @@ class Executor:
         )
         self.crew.start(start.worker, task)
 
+    def _stop_worker(self, stop: fx.StopWorker) -> None:
+        worker = self.crew[stop.worker]
+        if worker.uses_gpu and worker.pid is not None:
+            self.do_aside(self._surveyor.on_stop(worker.pid))
+        worker.stop(stop.reason, is_urgent=stop.is_urgent)
+
     def _on_worker_exit(self, worker: WorkerId, end: WorkerExit) -> None:
+        if (pid := self.crew[worker].pid) is not None:
+            self._surveyor.on_exit(pid)
         self.carry_out(self._core.on_worker_exit(worker, end, self._clock.now()))
 
 

@@ -10,6 +10,7 @@ from shimpy.protocol.messages import Ready
 from shimpy.scheduler.core import SchedulerCore
 from shimpy.scheduler.effects import StartWorker
 from shimpy.scheduler.lease import Lease
+from shimpy.scheduler.lingering import Lingering
 from shimpy.scheduler.overheads import Overheads
 from shimpy.scheduler.simulations import ROUNDS, Simulations, needs_check
 
@@ -18,16 +19,23 @@ class Surveyor:
     """Knows the hardware as it was probed last, and keeps what was learnt of models on it."""
 
     def __init__(
-        self, probe: Callable[[], Hardware], simulations: Simulations, overheads: Overheads
+        self,
+        probe: Callable[[], Hardware],
+        simulations: Simulations,
+        overheads: Overheads,
+        lingering: Lingering | None = None,
     ) -> None:
         """`probe` may block."""
         self._probe = probe
+        self._lingering = lingering or Lingering()
         self._simulations = simulations
         self._overheads = overheads
         self._hardware: Hardware | None = None
 
     async def survey(self, core: SchedulerCore) -> Hardware:
         """Return a fresh snapshot, on which the figures that the core will go by are exact."""
+        if self._lingering.is_expected:
+            await asyncio.to_thread(self._lingering.wait)
         if not any(resident.rung.devices for resident in core.residents.values()):
             await asyncio.to_thread(self._overheads.look)
         hardware = await self._check_figures(core, await asyncio.to_thread(self._probe))
@@ -55,6 +63,14 @@ class Surveyor:
                 break
             hardware = await asyncio.to_thread(self._probe)
         return hardware
+
+    async def on_stop(self, pid: int) -> None:
+        """Have the next snapshot wait until the cards are free of a worker that is stopped."""
+        await asyncio.to_thread(self._lingering.on_stop, pid)
+
+    def on_exit(self, pid: int) -> None:
+        """Note that a worker has gone."""
+        self._lingering.on_exit(pid)
 
     async def observe_load(self, start: StartWorker, ready: Ready) -> None:
         """Have the next plans know what a load really took."""
