@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from shimpy.protocol.messages import Delta, Done, Events, Failed, Prefilled
+from shimpy.protocol.messages import Delta, Events, StepEvent
 
 INTERVAL_S: Final = 0.004
-
-News = Delta | Prefilled | Done | Failed
 
 
 class Outbox:
@@ -23,11 +21,11 @@ class Outbox:
 
     def __init__(self, send: Callable[[Events], None]) -> None:
         self._send = send
-        self._news: list[News] = []
+        self._news: list[StepEvent] = []
         self._has_pressing = False
         self._sent_s = -INTERVAL_S
 
-    def add(self, news: News) -> None:
+    def add(self, news: StepEvent) -> None:
         """Take what is no text: it goes with the next flush."""
         self._news.append(news)
         self._has_pressing = True

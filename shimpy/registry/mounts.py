@@ -30,11 +30,6 @@ _LOCAL_KINDS: Final = frozenset(
 )
 
 
-def is_local(path: Path) -> bool:
-    """Whether a file, and a link to it, is on a disk of this machine; blocking."""
-    return are_local([path])
-
-
 def are_local(paths: Iterable[Path]) -> bool:
     """Whether all files, and the links to them, are on disks of this machine; blocking."""
     import psutil  # type: ignore[import-untyped]

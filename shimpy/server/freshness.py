@@ -16,7 +16,7 @@ from typing import Protocol
 from shimpy.errors import GgufError, NotFoundError
 from shimpy.logs import get_logger
 from shimpy.registry.model import Model
-from shimpy.registry.mounts import is_local
+from shimpy.registry.mounts import are_local
 
 # Scans are milliseconds: each request that needs one gets a new one. Where they are slow (a
 # folder on a network, hundreds of new files), one may be this old before it is repeated.
@@ -170,4 +170,4 @@ def _is_current(model: Model) -> bool:
 
 def _look(model: Model) -> tuple[bool, bool]:
     """Return `_is_current`, and whether that may be asked again without a thread."""
-    return _is_current(model), all(map(is_local, model.files))
+    return _is_current(model), are_local(model.files)

@@ -68,7 +68,7 @@ def _shown(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Sweep:
     """One daemon, one model, and what to do with it."""
 
@@ -80,8 +80,8 @@ class Sweep:
     is_heavy: bool
     # The bytes in use on each card while it is not loaded.
     before: list[int] = field(default_factory=used_vram)
-    # How long the card showed the last worker after it had gone, in seconds; appended.
-    lingers_s: list[float] = field(default_factory=list)
+    # How long the cards showed the last worker after it had gone.
+    linger_s: float = 0.0
 
     def rung(self, n_ctx: int, n_cpu_moe: int) -> dict[str, Any]:
         """Load the model with the experts of so many layers in RAM; return the figures in MiB."""
@@ -92,7 +92,7 @@ class Sweep:
         """Have the model loaded where only so much VRAM is free; return the figures in MiB."""
         self._set({}, unset=["cpu_moe", "num_ctx"])
         hog.leave(left_gib)
-        self.before[:] = used_vram()
+        self.before = used_vram()
         row = {"left_gib": left_gib} | self._serve()
         if row.get("mode") in {"experts-in-ram", "partial-gpu"}:
             allowed = len(self.before) * (self.layer_bytes + ALLOWED_UNUSED_BYTES)
@@ -103,11 +103,11 @@ class Sweep:
         body = {"model": self.model, "set": settings, "unset": list(unset)}
         httpx.post(f"{self.daemon.url}/api/settings", json=body, timeout=30).raise_for_status()
         self.daemon.shimpy("stop", self.model)
-        self.lingers_s.append(wait_until_free(self.before))
+        self.linger_s = wait_until_free(self.before)
 
     def _serve(self) -> dict[str, Any]:
         row = _serve(self.daemon, self.model, self.before, is_heavy=self.is_heavy)
-        return row | {"simulated_s": _simulated_s(self.state), "linger_s": self.lingers_s[-1]}
+        return row | {"simulated_s": _simulated_s(self.state), "linger_s": self.linger_s}
 
 
 def _serve(daemon: Daemon, model: str, before: list[int], *, is_heavy: bool) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from shimpy.placement.probe import probe_hardware
 from shimpy.placement.speeds import machine_name
 from shimpy.registry.model import Model
 from shimpy.registry.registry import model_of_files
-from shimpy.scheduler.policy import GPU_MODE_THREADS
+from shimpy.scheduler.policy import most_threads
 from shimpy.scheduler.simulations import Simulations
 from shimpy.units import GIB
 from tests.benchmarks.tables import write_report
@@ -204,8 +204,8 @@ def measure_run(
     plan = Simulations(None).plan_exactly(model, hardware, run.options)
     if plan.chosen is None:
         return {"error": plan.reason}
-    n_cores = hardware.host.n_cores
-    usual = min(GPU_MODE_THREADS, n_cores) if plan.chosen.placement.mode == "gpu" else n_cores
+    assert model.shape is not None, "a model that was written whole"
+    usual = most_threads(model.shape, plan.chosen.placement, hardware.host.n_cores)
     candidate = Candidate(label=run.name, rung=plan.chosen, n_threads=arguments.threads or usual)
     try:
         return measure(model, candidate, run.effort(arguments), hardware)

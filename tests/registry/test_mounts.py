@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from shimpy.registry.mounts import is_local
+from shimpy.registry.mounts import are_local
 
 
 def mount(monkeypatch: pytest.MonkeyPatch, kinds: dict[Path, str]) -> None:
@@ -23,7 +23,7 @@ def test_the_nearest_mount_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, expected: bool
 ) -> None:
     mount(monkeypatch, {Path("/"): "cifs", tmp_path.resolve(): kind})
-    assert is_local(tmp_path / "sub" / "model.gguf") is expected
+    assert are_local([tmp_path / "sub" / "model.gguf"]) is expected
 
 
 def test_so_does_where_a_link_leads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -31,10 +31,10 @@ def test_so_does_where_a_link_leads(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     far.mkdir()
     (tmp_path / "link.gguf").symlink_to(far / "model.gguf")
     mount(monkeypatch, {Path("/"): "xfs", far: "nfs"})
-    assert not is_local(tmp_path / "link.gguf")
-    assert is_local(tmp_path / "other.gguf")
+    assert not are_local([tmp_path / "link.gguf"])
+    assert are_local([tmp_path / "other.gguf"])
 
 
 def test_what_nobody_tells_of_is_not_local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     mount(monkeypatch, {})
-    assert not is_local(tmp_path)
+    assert not are_local([tmp_path])

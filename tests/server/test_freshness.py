@@ -98,7 +98,7 @@ async def test_only_a_disk_of_this_machine_is_asked_without_a_thread(
         return is_current(model)
 
     monkeypatch.setattr(freshness, "_is_current", note)
-    monkeypatch.setattr(freshness, "is_local", lambda _: is_local)
+    monkeypatch.setattr(freshness, "are_local", lambda _: is_local)
     registry = FreshRegistry(FolderScanner(tmp_path))
     await registry.scan()
     await registry.resolve("a")
