@@ -4,6 +4,7 @@ Memory: llama.cpp's own log lines on a GH200 (llama.cpp b6686, context 4096, one
 cache, micro-batch 512), in MiB: weights, KV cache and compute buffer on the card. Speed: the
 report on shimmy's expert offload, on a GH200, whole requests with a model load in each, in
 tok/s; its VRAM figures are the model buffer alone (DeepSeek, Phi) or nvidia-smi's (GPT-OSS).
+Its GPT-OSS file has the experts as MXFP4 and all else as F16, not Q8_0 as the usual MXFP4 file.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ class Published:
     card: float | None = None
     # tok/s, end to end.
     per_s: float | None = None
+
+    @property
+    def buffers(self) -> float | None:
+        """MiB of all three buffers, where they are known."""
+        if self.weights is None or self.kv is None or self.compute is None:
+            return None
+        return self.weights + self.kv + self.compute
 
     def memory_text(self) -> str:
         """Return "760 + 896 + 244", or what of it is known."""

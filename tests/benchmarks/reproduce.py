@@ -4,7 +4,7 @@
 
 writes the models' exact shapes with random weights (they are named synthetic everywhere), one
 after the other, measures each and deletes it: DIR/reproduction.json with every sample, .md with
-means and deviations, one plot per model. What is in the JSON is not measured again, so that a
+means and deviations, images/reproduction.png. What is in the JSON is not measured again, so that a
 long suite can be run in steps; `--merge FILE` takes over what other steps have measured.
 
 Runs of each model, all with --repeat repetitions (5):
@@ -123,10 +123,18 @@ class Results:
             self.data[name] = {**case, **self.data.get(name, {}), "runs": runs}
 
     def save(self) -> None:
-        """Write the JSON and the report."""
+        """Write the JSON and the report, in the suite's order."""
+        self.data = dict(sorted(self.data.items(), key=lambda item: _position(item[0])))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        write_report(self.data, self.folder)
+        missing = [name for name in SUITE if name not in self.data]
+        write_report(self.data, missing, self.folder)
+
+
+def _position(name: str) -> tuple[int, str]:
+    """Return where a model stands in the suite; with `--layers` its name is longer."""
+    found = (i for i, known in enumerate(SUITE) if name.startswith(known))
+    return next(found, len(SUITE)), name
 
 
 def measure_case(name: str, results: Results, arguments: argparse.Namespace) -> None:

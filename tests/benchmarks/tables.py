@@ -1,13 +1,14 @@
-"""The reproduction as Markdown and plots, from its JSON."""
+"""The reproduction as Markdown and a figure, from its JSON."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from shimpy.units import GIB, MIB
+from tests.benchmarks.figure import draw_figure, measured
 from tests.benchmarks.published import PUBLISHED, Side
 
 # Which published row a run is to be compared with.
@@ -25,53 +26,57 @@ _LABELS = {
     "cpu": "on the CPU alone",
 }
 
+_HEAD = """\
+# All on the GPU against experts in RAM
 
-def write_report(data: dict[str, Any], folder: Path) -> None:
-    """Write reproduction.md, and where there is matplotlib a plot for each model."""
-    text = "\n".join(report_lines(data)) + "\n"
+Written from reproduction.json by `python -m tests.benchmarks.reproduce --out docs --report`; the
+same without `--report` measures what is missing in it.
+
+All weights are synthetic: random, in the published models' shapes and types, the same at each
+run. Speeds are means with standard deviations, one stream unless said; prefill and decode are the
+engine's own times, TTFT is from the request to its first text, load from the start of a worker
+until it answers. "Published" is what others have published of these models, measured otherwise
+([performance.md](performance.md#the-published-figures-again)).""".splitlines()
+
+
+def write_report(data: dict[str, Any], missing: Sequence[str], folder: Path) -> None:
+    """Write reproduction.md, and where there is matplotlib images/reproduction.png."""
+    text = "\n".join(report_lines(data, missing)) + "\n"
     (folder / "reproduction.md").write_text(text, encoding="utf-8")
-    if importlib.util.find_spec("matplotlib") is None:
-        return
-    for name, case in data.items():
-        _plot(name, case, folder / f"reproduction-{name}.png")
+    if data and importlib.util.find_spec("matplotlib") is not None:
+        (folder / "images").mkdir(exist_ok=True)
+        draw_figure(data, folder / "images" / "reproduction.png")
 
 
-def report_lines(data: dict[str, Any]) -> Iterator[str]:
+def report_lines(data: dict[str, Any], missing: Sequence[str] = ()) -> Iterator[str]:
     """Yield the report's lines."""
-    yield "# All on the GPU against experts in RAM"
+    yield from _HEAD
+    if missing:
+        yield ""
+        yield f"Not measured: {', '.join(missing)}."
     yield ""
-    yield "All weights are synthetic: random, in the published models' shapes and types."
-    yield "Speeds are means with standard deviations, one stream unless said; prefill and decode"
-    yield "are the engine's own times, TTFT is from the request to its first text, load from the"
-    yield "start of a worker until it answers."
+    yield "![VRAM, prefill and decode of each model's placements](images/reproduction.png)"
     for name, case in data.items():
         yield ""
         yield f"## {name}"
         yield ""
         yield f"`{case['file']}`, {case['file_bytes'] / GIB:.2f} GiB, sha256 `{case['sha256']}`"
         yield ""
-        yield f"{case['machine']}; {case['ram_bytes'] / GIB:.0f} GiB RAM; {case['at']};"
-        yield f"`{case['command']}`"
+        yield f"{case['machine']}; {case['ram_bytes'] / GIB:.0f} GiB RAM; {case['at']}"
         yield ""
-        yield from _speed_lines(name, case["runs"])
+        yield from _speed_lines(name, case)
         yield ""
-        yield from _memory_lines(name, case["runs"])
+        yield from _memory_lines(name, case)
         many = [(key, run) for key, run in case["runs"].items() if len(run.get("streams", [])) > 1]
         if many:
             yield ""
             yield from _stream_lines(many)
 
 
-def _measured(runs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, run in runs.items():
-        if "error" not in run and not name.endswith("-16"):
-            yield name, run
-
-
-def _speed_lines(name: str, runs: dict[str, Any]) -> Iterator[str]:
+def _speed_lines(name: str, case: dict[str, Any]) -> Iterator[str]:
     yield "| placement | n | load s | prefill tok/s | decode tok/s | TTFT ms | published tok/s |"
     yield "|---|---|---|---|---|---|---|"
-    for key, run in _measured(runs):
+    for key, run in measured(case).items():
         published = PUBLISHED.get((name, _SIDES.get(key, "gpu")))
         theirs = "" if published is None or published.per_s is None else f"{published.per_s}"
         first = run["streams"][0]["first_text_s"]
@@ -80,18 +85,18 @@ def _speed_lines(name: str, runs: dict[str, Any]) -> Iterator[str]:
             f"| {rate(run['prefill_per_s'])} | {rate(run['decode_per_s'])} "
             f"| {rate(first, 1000)} | {theirs} |"
         )
-    for key, run in runs.items():
+    for key, run in case["runs"].items():
         if "error" in run:
             yield f"| {_LABELS[key]} | | | {run['error']} | | | |"
 
 
-def _memory_lines(name: str, runs: dict[str, Any]) -> Iterator[str]:
+def _memory_lines(name: str, case: dict[str, Any]) -> Iterator[str]:
     yield (
         "| placement | VRAM, MiB: weights + KV + compute | published | per process | whole card "
         "after load / work | published card | planned | RAM |"
     )
     yield "|---|---|---|---|---|---|---|---|"
-    for key, run in _measured(runs):
+    for key, run in measured(case).items():
         published = PUBLISHED.get((name, _SIDES.get(key, "gpu")))
         theirs = published.memory_text() if published else ""
         card = f"{published.card:.0f}" if published and published.card else ""
@@ -131,28 +136,3 @@ def rate(summary: dict[str, Any], factor: float = 1.0) -> str:
 
 def _mib(n_bytes: int | None) -> str:
     return "-" if n_bytes is None else f"{n_bytes / MIB:.0f}"
-
-
-def _plot(name: str, case: dict[str, Any], path: Path) -> None:
-    """Draw prefill and decode against the VRAM of the whole card."""
-    from matplotlib.figure import Figure
-
-    runs = list(_measured(case["runs"]))
-    if not runs:
-        return
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    figure.suptitle(f"{name}, synthetic weights, context 4096\n{case['machine']}", fontsize=9)
-    for axes, key, title in zip(
-        figure.subplots(1, 2), ("prefill_per_s", "decode_per_s"), ("prefill", "decode"), strict=True
-    ):
-        for run_name, run in runs:
-            size = (run["after_work"]["card_bytes"] or run["buffers_vram_bytes"]) / GIB
-            axes.errorbar(
-                size, run[key]["mean"], yerr=run[key]["deviation"], fmt="o", label=_LABELS[run_name]
-            )
-        axes.set_xlabel("VRAM of the whole card, GiB")
-        axes.set_ylabel(f"{title}, tok/s")
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize="x-small")
-    figure.savefig(path, format="png", dpi=120)

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from shimpy.bench.report import measurement_to_json
+from shimpy.units import GIB
 from tests.bench.support import measurement
 from tests.benchmarks import reproduce
 from tests.benchmarks.published import PUBLISHED
 from tests.benchmarks.tables import report_lines
+from tests.docs import DOCS
 from tests.placement.machines import machine
+from tests.shapes import MODELS, n_bytes, quantized
 from tests.synthetic.test_filled import small_moe
 
 QUICK = ("--repeat", "2", "--prompt", "16", "--predict", "4", "--threads", "1")
@@ -35,7 +38,7 @@ def test_a_step_is_measured_once_written_whole_and_left_clean(
     text = (out / "reproduction.md").read_text()
     assert "`synthetic-small-Q2_K.gguf`" in text
     assert case["sha256"] in text
-    assert (out / "reproduction-small-Q2_K.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "images" / "reproduction.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     reproduce.main(arguments)
     assert "small-Q2_K: all is there" in capsys.readouterr().out
@@ -67,6 +70,31 @@ def test_steps_are_merged_and_what_is_here_already_stays(tmp_path: Path) -> None
     assert set(results.data) == {"a", "b"}
 
 
+def test_the_report_keeps_the_order_of_the_suite(tmp_path: Path) -> None:
+    """Not that in which steps were measured and merged."""
+    names = ["gpt-oss-20b-MXFP4", "phi-3.5-moe-Q2_K-2-layers", "deepseek-moe-16b-F16"]
+    case = {"file": "f", "file_bytes": 1, "sha256": "0", "machine": "m", "ram_bytes": 1,
+            "at": "2026-11-22", "runs": {}}  # fmt: skip
+    results = reproduce.Results(tmp_path, dict.fromkeys(names, case))
+    results.save()
+    assert list(json.loads(results.path.read_text())) == names[::-1]
+    titles = [
+        line for line in (tmp_path / "reproduction.md").read_text().splitlines() if "## " in line
+    ]
+    assert titles == [f"## {name}" for name in names[::-1]]
+
+
+@pytest.mark.slow
+def test_the_page_in_the_docs_is_what_its_json_gives(tmp_path: Path) -> None:
+    """`python -m tests.benchmarks.reproduce --out docs --report` writes it anew."""
+    reproduce.main(["--out", str(tmp_path), "--report", "--merge", str(DOCS / "reproduction.json")])
+    for name in ("reproduction.json", "reproduction.md"):
+        assert (tmp_path / name).read_text() == (DOCS / name).read_text()
+    drawn, kept = ((folder / "images" / "reproduction.png") for folder in (tmp_path, DOCS))
+    assert drawn.stat().st_size > 10_000
+    assert 10_000 < kept.stat().st_size < 150_000
+
+
 def test_the_tables_set_measured_beside_published() -> None:
     name = "deepseek-moe-16b-F16"
     run = measurement_to_json(measurement(28, 25.0, card_mib=3571))
@@ -92,6 +120,20 @@ def test_every_model_of_the_suite_has_published_figures_and_a_shape() -> None:
         assert shape in reproduce.MODELS
         assert (name, "gpu") in PUBLISHED
         assert (name, "experts-in-ram") in PUBLISHED
+
+
+def test_the_published_gpt_oss_has_its_dense_weights_as_f16() -> None:
+    """So it is larger than the file that is measured."""
+    sizes = {
+        name: n_bytes(type_name, shape)
+        for name, shape, type_name in quantized(MODELS["gpt-oss-20b"](), "F16")
+        if name != "token_embd.weight"
+    }
+    dense = sum(size for name, size in sizes.items() if "_exps" not in name)
+    for side, size in (("gpu", sum(sizes.values())), ("experts-in-ram", dense)):
+        published = PUBLISHED["gpt-oss-20b-MXFP4", side].weights
+        assert published is not None
+        assert published / 1024 == round(size / GIB, 1)
 
 
 def test_a_model_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
