@@ -34,6 +34,8 @@ class Batch:
     sequences: list[Sequence]
     # Tokens of those that do not generate yet.
     n_prefill: int
+    # Tokens that their attention goes over beside their own.
+    depth: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +132,8 @@ class Batcher:
             sequence.n_keep = min(n_keep, self._n_ctx_seq // 2)
         self._waiting.append(sequence)
 
-    def on_decoded(self, batch: Batch, elapsed_s: float) -> None:
-        """Note that a batch is in the KV cache, and how long it took."""
-        # A GPU computes on until logits are read: a time is whole where the batch before and this
-        # one gave some.
-        was_read, self._is_read = self._is_read, any(chunk.wants_logits for chunk in batch.chunks)
-        if batch.n_prefill and was_read and self._is_read:
-            self._pace.on_batch(batch.n_prefill, elapsed_s, depth=self._depth(batch))
-        if self._parking is not None:
-            self._parking.on_batch(elapsed_s)
+    def on_decoded(self, batch: Batch) -> None:
+        """Note that a batch is in the KV cache."""
         grow = self._slots.cells.grow
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
             n = len(chunk.tokens)
@@ -146,11 +141,15 @@ class Batcher:
             grow(chunk.slot, n)
         self._slots.n_mixed += len(batch.chunks) > 1
 
-    def _depth(self, batch: Batch) -> int:
-        """Return how many tokens the attention of a batch's prompts goes over before their own."""
-        if self._attends_idle:
-            return self._slots.cells.n_used
-        return max((chunk.start for chunk in batch.chunks if len(chunk.tokens) > 1), default=0)
+    def on_timed(self, batch: Batch, elapsed_s: float) -> None:
+        """Learn from how long a batch took; who waits for its tokens need not wait for this."""
+        # A GPU computes on until logits are read: a time is whole where the batch before and this
+        # one gave some.
+        was_read, self._is_read = self._is_read, any(chunk.wants_logits for chunk in batch.chunks)
+        if batch.n_prefill and was_read and self._is_read:
+            self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
+        if self._parking is not None:
+            self._parking.on_batch(elapsed_s)
 
     def on_token(self, sequence: Sequence, token: int) -> bool:
         """Append a sampled token; return whether the sequence may go on after it."""
@@ -426,7 +425,13 @@ class Batcher:
         for sequence, n in _share_out(prefilling, n_prefill):
             chunks.append(_chunk(sequence, n))
             sequences.append(sequence)
-        return Batch(self._slots.take_ops(), chunks, sequences, n_prefill)
+        return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, self._depth(chunks))
+
+    def _depth(self, chunks: list[Chunk]) -> int:
+        """Return how many tokens the attention of a batch's prompts goes over before their own."""
+        if self._attends_idle:
+            return self._slots.cells.n_used
+        return max((chunk.start for chunk in chunks if len(chunk.tokens) > 1), default=0)
 
 
 def _chunk(sequence: Sequence, n: int) -> Chunk:

@@ -201,8 +201,9 @@ class Engine:
             return
         if status == DecodeStatus.OK:
             now = self._clock()
-            self._batcher.on_decoded(batch, now - started_s)
+            self._batcher.on_decoded(batch)
             self._sample(batch, now)
+            self._batcher.on_timed(batch, now - started_s)
         elif status == DecodeStatus.KV_FULL:
             self._make_room()
         else:

@@ -4,7 +4,8 @@ Those streams stand still while the batch is computed, so it is kept short: 128 
 cores (measured with a 200M model: 0.17 s where a prompt begins, 0.34 s behind 1,400 tokens of
 it; with 256 0.38 and 0.60 s, and the prompt's first token comes no sooner). Where that is too
 long it shrinks, as long as that costs little: 96 tokens take 0.25 s behind 1,400 and the whole
-prompt 2 % longer, 64 0.19 s and 12 % longer, 32 0.11 s and 33 %. But beside eight streams with
+prompt 2 % longer, 64 0.19 s and 12 % longer, 32 0.11 s and 33 %. (On one thread 64 take 0.35 s
+and 48 0.24 s there, and the whole prompt as long.) But beside eight streams with
 256 tokens each, 64 take 25 % more of the processor's time: where several prompts wait, what is lost
 is lost to all of them, and it is not shortened. It grows where batches are
 quick, and where a longer one saves much time: with experts in RAM most of a batch's time goes
@@ -18,16 +19,18 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 MIN_CHUNK: Final = 128
-# It is shortened by so many tokens, and to no fewer than so many, where it would take longer than
-# this, unless each token would take so many times as long then.
-_STEP: Final = 32
-LEAST_CHUNK: Final = 64
+# It is shortened to these where it would take longer than this, unless each token would take so
+# many times as long then.
+_SHORTER: Final = (96, 64, 48)
+LEAST_CHUNK: Final = _SHORTER[-1]
 LONG_S: Final = 0.19
 _MAX_LOSS: Final = 1.3
 # A longer batch may take this long...
 STALL_S: Final = 0.1
 # ...or hold more tokens as long as twice as many take no more than this times as long.
 MAX_GROWTH: Final = 1.5
+# Batches whose sizes differ by less are taken for one size.
+_NEAR: Final = 32
 # Shorter batches tell nothing: with experts in RAM they are computed where those are.
 _LEAST: Final = 48
 # A busy machine only ever makes a batch slower: the best rate of a size counts. It falls with each
@@ -81,7 +84,7 @@ class Pace:
         if (
             old is not None
             and abs(depth - old.depth) <= _SHALLOW
-            and abs(n_prefill - old.n_tokens) < _STEP
+            and abs(n_prefill - old.n_tokens) < _NEAR
             and elapsed_s * old.n_tokens > _FALLING * old.seconds * n_prefill
         ):
             new = replace(old, seconds=_FALLING * old.seconds, last=self._n_batches)
@@ -107,8 +110,9 @@ class Pace:
     def _shorten(self, size: int) -> int:
         """Return the largest size up to this one that is not too long, or can't be helped."""
         most_s = _MAX_LOSS * self._expected_s(size) / size
-        while size > LEAST_CHUNK and self._expected_s(size) > LONG_S:
-            shorter = size - _STEP
+        for shorter in _SHORTER:
+            if self._expected_s(size) <= LONG_S:
+                break
             if self._expected_s(shorter) > most_s * shorter:
                 break
             size = shorter

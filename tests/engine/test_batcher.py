@@ -51,10 +51,11 @@ class Bench:
     def step(self) -> dict[Sequence, int]:
         """Run one batch; return how many tokens of each sequence were in it."""
         batch = self.plan()
-        self.batcher.on_decoded(batch, self.token_s * batch.n_prefill)
+        self.batcher.on_decoded(batch)
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
             if chunk.wants_logits and not self.batcher.on_token(sequence, 9):
                 self.batcher.finish(sequence)
+        self.batcher.on_timed(batch, self.token_s * batch.n_prefill)
         return {
             sequence: len(chunk.tokens)
             for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True)

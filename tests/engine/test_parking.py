@@ -138,7 +138,8 @@ def test_copies_beside_streams_take_no_more_than_their_share() -> None:
         bench.submit(200, n_predict=1)
     n_steps = 0
     while len(bench.parked) < 4:
-        bench.batcher.on_decoded(batch := bench.plan(), 0.1)
+        bench.batcher.on_decoded(batch := bench.plan())
+        bench.batcher.on_timed(batch, 0.1)
         for sequence in batch.sequences:
             if sequence is not stream and not sequence.n_pending:
                 bench.batcher.finish(sequence)
