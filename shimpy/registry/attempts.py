@@ -11,10 +11,13 @@ from typing import Final, TypeVar
 
 from shimpy.errors import RemoteError
 from shimpy.registry.remote import TransientError
+from shimpy.units import format_duration
 
 _LONGEST_PAUSE_S: Final = 60.0
 
 T = TypeVar("T")
+# Takes words for whoever waits.
+Tell = Callable[[str], None]
 
 
 class StoppedError(Exception):
@@ -82,8 +85,8 @@ class Retries:
         spread = random.uniform(0.75, 1.25)  # noqa: S311 - no secret
         return min(max(grown * spread, wish_s or 0.0), _LONGEST_PAUSE_S)
 
-    def run(self, action: Callable[[], T], stop: Stop) -> T:
-        """Return what `action` does, tried until it does it.
+    def run(self, action: Callable[[], T], stop: Stop, tell: Tell | None = None) -> T:
+        """Return what `action` does, tried until it does it; `tell` hears of each failure.
 
         Raises:
             RemoteError: it failed too often in passing; says how it did last.
@@ -96,9 +99,11 @@ class Retries:
                 return action()
             except TransientError as error:
                 n_failed += 1
-                self.give_up_or_wait(error, n_failed, stop)
+                self.give_up_or_wait(error, n_failed, stop, tell)
 
-    def give_up_or_wait(self, error: TransientError, n_failed: int, stop: Stop) -> None:
+    def give_up_or_wait(
+        self, error: TransientError, n_failed: int, stop: Stop, tell: Tell | None = None
+    ) -> None:
         """Wait before the next attempt; errors as `run`."""
         stop.check()
         if n_failed >= self.most:
@@ -106,4 +111,7 @@ class Retries:
                 f"given up after {n_failed} attempts in a row that failed, the last with: {error}; "
                 "what has come is kept, the next pull goes on from there"
             ) from error
-        stop.wait(self.pause_s(n_failed, error.retry_after_s))
+        pause_s = self.pause_s(n_failed, error.retry_after_s)
+        if tell is not None:
+            tell(f"{error}; trying again in {format_duration(pause_s)}")
+        stop.wait(pause_s)

@@ -124,7 +124,7 @@ class Puller:
 
     def _find(self, work: _Work) -> Source:
         reference = self._as_installed(work.reference)
-        return self._retries.run(partial(self.sources.find, reference), work.stop)
+        return self._retries.run(partial(self.sources.find, reference), work.stop, work.say)
 
     def _as_installed(self, reference: Reference) -> Reference:
         """Return a reference with the repository in the letters that the hub knows it by.
@@ -183,7 +183,7 @@ class Puller:
             )
 
     def _preview(self, offer: Offer, work: _Work) -> Header:
-        return fetch_header(offer.files, lambda read: self._retries.run(read, work.stop))
+        return fetch_header(offer.files, lambda read: self._retries.run(read, work.stop, work.say))
 
     # --- 4. install -------------------------------------------------------------------------
 
@@ -246,6 +246,10 @@ class _Work:
     force: bool
     report: Report
     stop: Stop
+
+    def say(self, status: str) -> None:
+        """Tell in words what is done now."""
+        self.report(Step(status=status))
 
 
 def _describe(choice: Choice, source: Source) -> str:
