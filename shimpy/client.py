@@ -171,7 +171,7 @@ class Client:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         if response.status_code >= _HTTP_ERROR:
-            raise _error_of(response.status_code, response.content)
+            raise _error_of(self.url, response.status_code, response.content)
 
     def collect_garbage(
         self, *, everything: bool = False, prefixes: bool = False
@@ -198,7 +198,7 @@ class Client:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         if response.status_code >= _HTTP_ERROR:
-            raise _error_of(response.status_code, response.content)
+            raise _error_of(self.url, response.status_code, response.content)
         answer: dict[str, Any] = response.json() if response.content else {}
         return answer
 
@@ -215,7 +215,7 @@ class Client:
         try:
             with self._http.stream(method, path, json=body) as response:
                 if response.status_code >= _HTTP_ERROR:
-                    raise _error_of(response.status_code, response.read())
+                    raise _error_of(self.url, response.status_code, response.read())
                 yield from response.iter_lines()
         except httpx.ConnectError as error:
             raise self._unreachable(error) from error
@@ -232,12 +232,18 @@ class Client:
         )
 
 
-def _error_of(status: int, body: bytes) -> DaemonError | NotFoundError:
+def _error_of(url: str, status: int, body: bytes) -> DaemonError | NotFoundError:
     try:
         answer = json.loads(body)
         message = str(answer["error"])
     except (ValueError, KeyError, TypeError):
-        message = f"the daemon answered with status {status}: {body[:200].decode(errors='replace')}"
+        text = " ".join(body[:200].decode(errors="replace").split())
+        return DaemonError(
+            f"what answers at {url} is no shimpy daemon of this version: status {status}"
+            + (f", {text!r}" if text else "")
+            + "; SHIMPY_HOST names where the daemon is",
+            status=status,
+        )
     if status == _HTTP_NOT_FOUND:
         return NotFoundError(message)
     return DaemonError(message, status=status)

@@ -265,7 +265,8 @@ def load_config(
 
     Args:
         flags: what the command line gave; None values are not given.
-        file: read instead of the system's and the user's config files.
+        file: read instead of the system's and the user's config files; that of SHIMPY_CONFIG,
+            if it is set, when None.
         environ: the environment; os.environ when None.
 
     Raises:
@@ -281,6 +282,8 @@ def load_config(
         "model_dirs": (folders["data"] / "models", Path.home() / "models"),
     }
     origins = dict.fromkeys(SETTINGS, "default")
+    if file is None and env.get("SHIMPY_CONFIG"):
+        file = Path(env["SHIMPY_CONFIG"]).expanduser()
     files = [file] if file else [SYSTEM_CONFIG, folders["config"] / "config.toml"]
     for path in files:
         if file is not None or path.is_file():
@@ -292,17 +295,16 @@ def load_config(
 
 
 def client_url(environ: Mapping[str, str] | None = None) -> str:
-    """Return the daemon's URL for client commands: SHIMPY_HOST, or the default address.
+    """Return the daemon's URL for client commands: SHIMPY_HOST, or where it would listen here.
 
-    It takes host, host:port, scheme://host:port and unix:/path; an address that means "all
+    SHIMPY_HOST takes host, host:port, scheme://host:port and unix:/path; an address that means "all
     interfaces" is reached over loopback.
 
     Raises:
         InvalidOptionError: SHIMPY_HOST is no address.
     """
-    text = (os.environ if environ is None else environ).get("SHIMPY_HOST", "").strip()
-    if not text:
-        return f"http://{DEFAULT_BIND}"
+    env = os.environ if environ is None else environ
+    text = env.get("SHIMPY_HOST", "").strip() or _own_address(env)
     if text.startswith(UNIX):
         return text
     try:
@@ -321,6 +323,18 @@ def client_url(environ: Mapping[str, str] | None = None) -> str:
     if "://" in text and parts.scheme == "http" and port is None:
         default = 80
     return f"{parts.scheme}://{shown}:{port or default}{parts.path.rstrip('/')}"
+
+
+def _own_address(env: Mapping[str, str]) -> str:
+    """Return the address that a daemon with this machine's settings listens on."""
+    try:
+        config = load_config(environ=env).config
+    except InvalidOptionError:
+        # Commands that read the settings say what is wrong with them.
+        return DEFAULT_BIND
+    if config.bind.startswith(UNIX):
+        return config.bind
+    return f"https://{config.bind}" if config.tls_cert else config.bind
 
 
 def client_key(environ: Mapping[str, str] | None = None) -> str:

@@ -139,6 +139,30 @@ def test_shimpy_host_is_read_as_ollama_reads_its_own(host: str, url: str) -> Non
     assert client_url({"SHIMPY_HOST": host}) == url
 
 
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ('bind = "127.0.0.1:5"', "http://127.0.0.1:5"),
+        ('bind = "0.0.0.0:5"', "http://127.0.0.1:5"),
+        ('bind = "unix:/run/x.sock"', "unix:/run/x.sock"),
+        ('bind = "a.example:5"\ntls_cert = "/c"\ntls_key = "/k"', "https://a.example:5"),
+        ('bnd = "127.0.0.1:5"', "http://127.0.0.1:11435"),
+    ],
+)
+def test_without_shimpy_host_clients_go_where_the_config_has_the_daemon_listen(
+    home: dict[str, str], text: str, url: str
+) -> None:
+    write_config(home, text)
+    assert client_url(home) == url
+    assert client_url(home | {"SHIMPY_HOST": "other:6"}) == "http://other:6"
+
+
+def test_the_environment_may_name_the_config_file(home: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text("max_queue = 9\n")
+    assert load_config(environ=home | {"SHIMPY_CONFIG": str(path)}).config.max_queue == 9
+
+
 @pytest.mark.parametrize("host", ["ftp://x", "http://", "x:y"])
 def test_a_bad_shimpy_host_is_an_error(host: str) -> None:
     with pytest.raises(InvalidOptionError, match="SHIMPY_HOST"):

@@ -19,6 +19,7 @@ from shimpy.errors import DaemonError, UnreachableError
 LOG_NAME = "daemon.log"
 _START_TIMEOUT_S = 30.0
 _IDLE_EXIT = "30m"
+_ERROR = "Error: "
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -47,6 +48,7 @@ def _start_daemon(bind: str) -> None:
     idle = ["--idle-exit", _IDLE_EXIT] if loaded.origins["idle_exit"] == "default" else []
     log = config.log_file or config.state_dir / LOG_NAME
     log.parent.mkdir(parents=True, exist_ok=True)
+    n_before = log.stat().st_size if log.exists() else 0
     with (
         tempfile.TemporaryDirectory(prefix="shimpy-") as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
@@ -73,11 +75,14 @@ def _start_daemon(bind: str) -> None:
             stderr=output,
             start_new_session=True,
         )
-        _wait_ready(process, ready, log)
+        _wait_ready(process, ready, log, n_before)
     hint(f"started a daemon in the background (pid {process.pid}, log {log})")
 
 
-def _wait_ready(process: subprocess.Popen[bytes], ready: socket.socket, log: Path) -> None:
+def _wait_ready(
+    process: subprocess.Popen[bytes], ready: socket.socket, log: Path, n_before: int
+) -> None:
+    """Return once the daemon is ready; `n_before` bytes of its log are of earlier ones."""
     # Short receives, so that a daemon that dies at once is noticed at once.
     ready.settimeout(0.1)
     for _ in range(int(_START_TIMEOUT_S / 0.1)):
@@ -89,5 +94,10 @@ def _wait_ready(process: subprocess.Popen[bytes], ready: socket.socket, log: Pat
                 break
     else:
         process.terminate()
-    tail = log.read_text(errors="replace").splitlines()[-5:]
-    raise DaemonError("the daemon did not start; its log ends with:\n" + "\n".join(tail))
+    lines = log.read_bytes()[n_before:].decode(errors="replace").splitlines()
+    # What a command that fails says at last; else whatever is there.
+    said = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)] or lines
+    told = "\n".join(said[-5:])
+    raise DaemonError(
+        f"no daemon answers at SHIMPY_HOST, and a new one did not start (log {log}):\n{told}"
+    )

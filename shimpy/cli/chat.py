@@ -25,6 +25,15 @@ _HELP = """\
   \"\"\"                        Begin and end a message of several lines"""
 
 
+def _edit_lines() -> None:
+    """Give input() history and editing, and let several pasted lines be one message."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        # Python turns it off; without it each line of a pasted text is a message of its own.
+        readline.parse_and_bind("set enable-bracketed-paste on")
+
+
 class Chat:
     """A conversation with one model; the history lives here, not in the daemon."""
 
@@ -40,8 +49,7 @@ class Chat:
 
     def run(self) -> None:
         """Load the model, then read, answer, and read again until /bye or Ctrl-D."""
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - importing it gives input() history and editing
+        _edit_lines()
         request = self._request
         with waiting(f"loading {request['model']}"):
             self._client.load(request["model"], request.get("keep_alive"), request["options"])
@@ -57,8 +65,11 @@ class Chat:
                 continue
             if line.strip() in {"/bye", "/exit"}:
                 return
-            with contextlib.suppress(KeyboardInterrupt):
+            try:
                 self._handle(line)
+            except KeyboardInterrupt:
+                # The next prompt begins a line, whatever the answer ended with.
+                click.echo(err=True)
 
     def _read(self) -> str:
         line = input(">>> ")
@@ -71,7 +82,8 @@ class Chat:
 
     def _handle(self, line: str) -> None:
         try:
-            if line.startswith("/"):
+            # Pasted code may well begin with a comment.
+            if line.startswith("/") and "\n" not in line:
                 self._command(line.split())
             elif line.strip():
                 self._say(line)

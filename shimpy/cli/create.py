@@ -51,6 +51,7 @@ def _source(
 ) -> dict[str, Any]:
     """Return where the model comes from: another one, or files, uploaded."""
     from shimpy.errors import UserError
+    from shimpy.gguf.reader import read_header, shard_paths
 
     files: list[Path] = []
     names: list[str] = []
@@ -62,9 +63,13 @@ def _source(
         raise UserError(f"the Modelfile starts from several models: {', '.join(sources)}")
     if names:
         return {"from": names[0]}
-    known = _known(client, files)
+    known = known_as(client, files[0])
     if known is not None:
         return {"from": known}
+    # What is no model is told by the name that the user knows, before it is hashed and copied.
+    for file in files:
+        if shard_paths(file)[0] == file:
+            read_header(file)
     return {"files": {file.name: _upload(client, file, progress) for file in files}}
 
 
@@ -86,14 +91,12 @@ def _files(source: str, folder: Path) -> list[Path]:
     return []
 
 
-def _known(client: Client, files: list[Path]) -> str | None:
-    """Return the model that the daemon knows these files as; it need not be copied."""
-    if not files:
-        return None
-    real = files[0].resolve()
+def known_as(client: Client, path: Path) -> str | None:
+    """Return the model, broken or not, that the daemon knows a file as; it need not be copied."""
+    real = path.resolve()
     for model in client.models():
         # Only a daemon on this machine can mean the same file.
-        if not model.get("error") and Path(model["path"]).resolve() == real:
+        if Path(model["path"]).resolve() == real:
             return str(model["name"])
     return None
 

@@ -18,7 +18,7 @@ EXIT_INTERRUPTED = 130
 def run_and_exit(command: click.Command) -> NoReturn:
     """Run a command with the process's arguments and exit with its code."""
     try:
-        code = command.main(standalone_mode=False)
+        code = command.main(standalone_mode=False, color=_color())
     except click.ClickException as error:
         error.show()
         sys.exit(EXIT_USAGE)
@@ -32,6 +32,12 @@ def run_and_exit(command: click.Command) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _color() -> bool | None:
+    """Return False where no colour is wanted (no-color.org) or can be shown; None: on terminals."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return False if plain else None
 
 
 def _exit_code(error: ShimpyError) -> int:

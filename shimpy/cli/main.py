@@ -74,7 +74,8 @@ class _LazyGroup(click.Group):
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Client commands talk to the daemon at SHIMPY_HOST (127.0.0.1:11435).",
+    epilog="Client commands talk to the daemon at SHIMPY_HOST, or else where the setting bind "
+    "has it listen (127.0.0.1:11435).",
 )
 @click.version_option(__version__, "-v", "--version", message="shimpy %(version)s")
 def cli() -> None:

@@ -14,8 +14,6 @@ import click
 
 T = TypeVar("T")
 
-_WIDEST = 10_000
-
 
 def print_json(value: Any) -> None:
     """Print data as JSON, indented."""
@@ -28,20 +26,17 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, gap: i
     No cell is ever cut, and nothing is coloured when piped.
     """
     from rich.cells import cell_len
-    from rich.console import Console
-    from rich.table import Table
 
     widths = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
     width = sum(widths) + gap * (len(widths) - 1)
     if sys.stdout.isatty() and width > shutil.get_terminal_size().columns:
         gap = 1
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
-    for header in headers:
-        table.add_column(header, no_wrap=True, overflow="ignore")
-    for row in rows:
-        table.add_row(*row)
-    # Wide enough for every cell: the terminal breaks longer lines, and grep finds whole ones.
-    Console(width=_WIDEST, soft_wrap=True).print(table, crop=False)
+    for number, row in enumerate((headers, *rows)):
+        blanks = (width - cell_len(cell) for cell, width in zip(row, widths, strict=True))
+        cells = [cell + " " * n for cell, n in zip(row, blanks, strict=True)]
+        # No blanks at the end: a terminal just as narrow would show them as an empty line.
+        line = (" " * gap).join(cells).rstrip()
+        click.echo(line if number else click.style(line, bold=True))
 
 
 def wrapped(line: str) -> str:

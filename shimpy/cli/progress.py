@@ -80,7 +80,7 @@ def bytes_progress() -> Iterator[BytesProgress]:
                 click.echo(text)
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),

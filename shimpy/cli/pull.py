@@ -58,4 +58,4 @@ def pull_missing(client: Client, model: str, error: NotFoundError) -> str:
     try:
         return show_pull(client.pull(model))
     except NotFoundError as missing:
-        raise NotFoundError(f"{error.message}; {missing.message}") from error
+        raise NotFoundError(f"{error.message}\nit can't be pulled: {missing.message}") from error

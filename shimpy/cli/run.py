@@ -98,13 +98,41 @@ def _run_present(
     from shimpy.registry.reference import is_name
 
     if not is_name(request["model"]):
-        request["model"] = show_pull(client.pull(request["model"]))
+        model = _model_of_file(client, request["model"])
+        request["model"] = model or show_pull(client.pull(request["model"]))
     try:
         run(client, request)
     except NotFoundError as error:
         # It is told before the first word of an answer.
         request["model"] = pull_missing(client, request["model"], error)
         run(client, request)
+
+
+def _model_of_file(client: Client, text: str) -> str | None:
+    """Return what the daemon calls a GGUF file; None: the text names no file.
+
+    Raises:
+        NotFoundError: there is no such file, or the daemon does not know it; says how it would.
+    """
+    from pathlib import Path
+
+    from shimpy.cli.create import known_as
+    from shimpy.errors import NotFoundError
+
+    path = Path(text).expanduser()
+    if not path.is_file():
+        if text.startswith((".", "/", "~")):
+            raise NotFoundError(f"there is no file {path}")
+        return None
+    model = known_as(client, path)
+    if model is None:
+        raise NotFoundError(
+            f"{path} is in no folder of the daemon's; `shimpy serve --model-dirs "
+            f"{path.absolute().parent}` serves that folder (the setting model_dirs does for good), "
+            f'and `shimpy create NAME`, with a Modelfile that says "FROM {path}", copies the file '
+            "into the store"
+        )
+    return model
 
 
 def _answer(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,56 @@ import pytest
 
 from tests.daemon import Daemon, running_daemon, shimpy
 from tests.synthetic import CHAIN_TEXT
+
+
+@dataclass
+class Terminal:
+    """What a user at a terminal types and sees."""
+
+    descriptor: int
+
+    def type(self, text: str) -> None:
+        """Type it."""
+        os.write(self.descriptor, text.encode())
+
+    def read(self) -> str:
+        """Return what is shown next."""
+        return os.read(self.descriptor, 65536).decode(errors="replace")
+
+    def read_until(self, *texts: str) -> str:
+        """Return what is shown, up to these texts, one after the other."""
+        shown, position = "", 0
+        for text in texts:
+            while text not in shown[position:]:
+                shown += self.read()
+            position = shown.index(text, position) + len(text)
+        return shown
+
+
+@contextlib.contextmanager
+def chat(daemon: Daemon, *args: str) -> Iterator[Terminal]:
+    """Run a chat at a terminal from its first prompt on; it has to end by itself, well."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "shimpy", "run", *args]
+    env = daemon.env | {"TERM": "xterm"}
+    # A session of its own: Ctrl-C is for whoever has the terminal.
+    with subprocess.Popen(
+        [sys.executable, "-c", _OWN_TERMINAL, *command],
+        stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        terminal = Terminal(ours)
+        terminal.read_until(">>> ")
+        yield terminal
+        assert process.wait(30) == 0
+    os.close(ours)
+
+
+_OWN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +108,35 @@ def test_run_of_an_unknown_model_names_it_and_exits_1(daemon: Daemon) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert "nope" in done.stderr
+
+
+def test_run_takes_a_file_that_the_daemon_knows(daemon: Daemon, tmp_path: Path) -> None:
+    folder = Path(json.loads(daemon.shimpy("list", "chain", "--json").stdout)[0]["path"]).parent
+    assert daemon.shimpy("run", str(folder / "chain.gguf"), "x").stdout == f"{CHAIN_TEXT}\n"
+    assert "page.gguf: it is a web page" in daemon.shimpy("run", f"{folder}/page.gguf", "x").stderr
+    other = tmp_path / "other.gguf"
+    assert f"there is no file {other}" in daemon.shimpy("run", str(other), "x").stderr
+    other.write_bytes(b"GGUF")
+    assert f"--model-dirs {tmp_path}" in daemon.shimpy("run", str(other), "x").stderr
+
+
+def test_several_pasted_lines_are_one_message_of_a_chat(daemon: Daemon) -> None:
+    with chat(daemon, "chain") as terminal:
+        # As a terminal pastes; a comment is no command.
+        terminal.type("\x1b[200~/* one\ntwo */\x1b[201~\r")
+        shown = terminal.read_until(f"{CHAIN_TEXT}\r\n", ">>> ")
+        assert shown.count(CHAIN_TEXT) == 1
+        terminal.type("/bye\r")
+
+
+def test_ctrl_c_ends_an_answer_and_the_next_prompt_begins_a_line(daemon: Daemon) -> None:
+    with chat(daemon, "tiny-deepseek", "-o", "num_predict=100000") as terminal:
+        terminal.type("hello\r")
+        terminal.read_until("hello\r\n")
+        terminal.read()
+        terminal.type("\x03")
+        terminal.read_until("^C\r\n", ">>> ")
+        terminal.type("\x04")
 
 
 def test_list_shows_good_and_broken_models(daemon: Daemon) -> None:
