@@ -61,12 +61,12 @@ class Client:
         self._http.close()
 
     def version(self) -> str:
-        """Return the daemon's version.
+        """Return the daemon's version; "": what answers is not shimpy, but like it.
 
         Raises:
             UnreachableError: nothing answers.
         """
-        return str(self._call("GET", "/api/version").get("version", ""))
+        return str(self._call("GET", "/api/version").get("shimpy", ""))
 
     def models(self) -> list[dict[str, Any]]:
         """Return all models that the daemon knows, the broken ones too."""

@@ -240,7 +240,7 @@ def _port_taken(check: str, bind: str, error: OSError) -> Finding:
 
     try:
         answer = httpx.get(f"http://{bind}/api/version", timeout=_ANSWER_S, trust_env=False)
-        version = answer.json()["version"]
+        version = answer.json()["shimpy"]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return Finding(
             check=check,

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+import shimpy
 from shimpy.registry.model import Model
 from tests.server.harness import Running, running_app
 from tests.synthetic import CHAIN_TEXT, write_chain
@@ -71,7 +72,14 @@ async def test_the_version_is_three_numbers(app: Running) -> None:
     """Open WebUI and Copilot parse nothing else."""
     answer = await app.client.get("/api/version")
     assert re.fullmatch(r"\d+\.\d+\.\d+", answer.json()["version"])
+    assert answer.json()["shimpy"] == shimpy.__version__
     assert (await app.client.head("/api/version")).status_code == 200
+
+
+async def test_the_version_is_one_that_copilot_takes(app: Running) -> None:
+    """Its MINIMUM_OLLAMA_VERSION; it compares the numbers one by one."""
+    version = (await app.client.get("/api/version")).json()["version"]
+    assert tuple(map(int, version.split("."))) >= (0, 6, 4)
 
 
 async def test_unknown_paths_and_wrong_methods_are_texts(app: Running) -> None:

@@ -58,6 +58,8 @@ _BARE_TEXT_FORM = StreamForm(
 )
 _DONE = sse_data("[DONE]")
 _COPILOT = "GitHubCopilotChat/"
+# Whose API this package speaks. Clients refuse older ones: Copilot those before 0.6.4.
+_OLLAMA_VERSION = "0.33.0"
 
 
 async def root(_: web.Request) -> web.Response:
@@ -66,8 +68,8 @@ async def root(_: web.Request) -> web.Response:
 
 
 async def version(_: web.Request) -> web.Response:
-    """GET /api/version: three plain numbers, which is what clients can parse."""
-    return json_response({"version": shimpy.__version__})
+    """GET /api/version: the Ollama that this is like, in three plain numbers; and shimpy's own."""
+    return json_response({"version": _OLLAMA_VERSION, "shimpy": shimpy.__version__})
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
