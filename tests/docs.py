@@ -74,7 +74,7 @@ def config_page() -> str:
         "",
         "| variable | what it does |",
         "|---|---|",
-        "| `SHIMPY_HOST` | where commands find it if not at `bind`: `host:port`, URL, `unix:/path` |",
+        "| `SHIMPY_HOST` | where commands look, if not at `bind`: `host:port`, URL, `unix:/path` |",
         "| `SHIMPY_API_KEY` | the key that client commands send |",
         "| `SHIMPY_HOME` | one folder for all state, in place of the platform's usual folders |",
         "| `SHIMPY_CONFIG` | the config file, like `--config` |",
