@@ -76,7 +76,8 @@ class Config:
         (),
         parse_origins,
         "ORIGINS",
-        "Web pages that may use the API besides this machine's own: https://chat.example, or *.",
+        "Web pages that may use the API besides this machine's own: https://chat.example, "
+        "chrome-extension://*, or * for all.",
     )
     tls_cert: Path | None = _setting(
         None, parse_file, "FILE", "Certificate, with its chain, for HTTPS; with tls_key."

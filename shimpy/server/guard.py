@@ -9,6 +9,7 @@ application's own scheme. Tools send no Origin and are not affected.
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import urlsplit
@@ -48,7 +49,7 @@ class Guard:
         scheme, separator, netloc = origin.partition("://")
         if not separator:
             return False
-        if "*" in self.origins or origin.lower() in self.origins:
+        if any(_matches(origin.lower(), listed) for listed in self.origins):
             return True
         if scheme.lower() in APP_SCHEMES:
             return True
@@ -81,6 +82,11 @@ def cors_headers(origin: str, requested: str | None) -> dict[str, str]:
         if requested:
             headers["Access-Control-Allow-Headers"] = requested
     return headers
+
+
+def _matches(origin: str, listed: str) -> bool:
+    """Whether an origin is the listed one, in which * stands for any text."""
+    return re.fullmatch(".*".join(map(re.escape, listed.split("*"))), origin) is not None
 
 
 # Clients send the same few again and again.

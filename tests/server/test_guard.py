@@ -99,6 +99,11 @@ def test_origins(host: str, origin: str, expected: bool) -> None:
         (("https://chat.example",), "https://chat.example.evil.example", False),
         (("*",), "https://evil.example", True),
         (("*",), "null", False),
+        (("chrome-extension://*",), "chrome-extension://abcdefgh", True),
+        (("chrome-extension://*",), "moz-extension://abcdefgh", False),
+        (("https://*.chat.example",), "https://a.chat.example", True),
+        (("https://*.chat.example",), "https://achat.example", False),
+        (("https://*.chat.example",), "https://a.chat.example.evil.example", False),
     ],
 )
 def test_listed_origins_are_let_in(
