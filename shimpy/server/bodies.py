@@ -100,7 +100,8 @@ def parse_body(data: bytes | bytearray, wanted: type[T]) -> T:
     except RecursionError:
         raise UserError("the request's body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return _parse_lenient(data, wanted, str(error))
+        reason = str(error).removeprefix("JSON is malformed: ")
+        return _parse_lenient(data, wanted, reason)
 
 
 def _parse_lenient(data: bytes | bytearray, wanted: type[T], reason: str) -> T:
