@@ -440,14 +440,22 @@ def _from_environ(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def _variable(setting: str) -> str:
+    return f"SHIMPY_{setting.upper()}"
+
+
 def _take(
     values: dict[str, Any], origins: dict[str, str], given: Mapping[str, Any], source: str
 ) -> None:
     for key, value in given.items():
-        shown = {"environment": f"SHIMPY_{key.upper()}", "flag": f"--{key.replace('_', '-')}"}
+        shown = {"environment": _variable(key), "flag": f"--{key.replace('_', '-')}"}
         where = shown.get(source, f"{key} in {source}")
+        if key not in SETTINGS and isinstance(value, dict):
+            raise InvalidOptionError(f"[{key}] in {source}: settings stand alone, in no table")
         if key not in SETTINGS:
-            raise InvalidOptionError(f"{where}: there is no such setting; {suggest(key, SETTINGS)}")
+            known = [*map(_variable, SETTINGS), *_OTHER_VARIABLES]
+            near = suggest(where, known) if source == "environment" else suggest(key, SETTINGS)
+            raise InvalidOptionError(f"{where}: there is no such setting; {near}")
         try:
             values[key] = SETTINGS[key](value)
         except InvalidOptionError as error:

@@ -43,7 +43,7 @@ def setup_logging(
         structlog.processors.JSONRenderer(ensure_ascii=False)
         if as_json
         else structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(),
+            colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"),
             # The pretty ones print local variables: prompts have no place in a log.
             exception_formatter=structlog.dev.plain_traceback,
         )

@@ -68,6 +68,7 @@ def test_a_named_file_is_read_instead_of_the_usual_ones(
     [
         ("max_quue = 1", "max_quue in .*no such setting; did you mean max_queue"),
         ("qqq = 1", "no such setting; there are bind, "),
+        ("[server]\nbind = 1", r"\[server\] in .*settings stand alone, in no table"),
         ("max_queue = -1", "max_queue in .*at least 0, not -1"),
         ("max_queue = true", "whole number"),
         ('cpu_moe = "maybe"', "one of auto, on, off"),
@@ -96,7 +97,9 @@ def test_a_missing_named_file_is_an_error(home: dict[str, str], tmp_path: Path) 
 
 
 def test_an_unknown_variable_is_an_error(home: dict[str, str]) -> None:
-    with pytest.raises(InvalidOptionError, match=r"SHIMPY_MODELS_DIR: .*did you mean model_dirs"):
+    with pytest.raises(
+        InvalidOptionError, match=r"SHIMPY_MODELS_DIR: .*did you mean SHIMPY_MODEL_DIRS"
+    ):
         load_config(environ={**home, "SHIMPY_MODELS_DIR": "/x"})
 
 

@@ -54,5 +54,11 @@ def command(config_file: Path | None, **flags: Any) -> None:
         from shimpy.logs import setup_logging
         from shimpy.server.daemon import serve
 
-    setup_logging(config.log_level, config.log_format, config.log_file)
+    try:
+        setup_logging(config.log_level, config.log_format, config.log_file)
+    except OSError as error:
+        from shimpy.errors import InvalidOptionError
+
+        reason = f"can't write {config.log_file}: {error.strerror or error}"
+        raise InvalidOptionError(f"log_file: {reason}", option="log_file") from error
     asyncio.run(serve(config, load=load))

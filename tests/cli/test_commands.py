@@ -250,6 +250,16 @@ def test_run_starts_a_daemon_where_none_answers(
         daemon.wait(30)
 
 
+def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "file" / "log"
+    path.parent.write_text("no folder")
+    env = {**os.environ, "SHIMPY_HOME": str(tmp_path / "home")}
+    done = shimpy("serve", "--bind", "127.0.0.1:0", "--log-file", str(path), env=env)
+    assert done.returncode == 2
+    assert f"log_file: can't write {path}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_daemon_that_cannot_start_says_why(tmp_path: Path, unused_tcp_port: int) -> None:
     env = {
         **os.environ,
