@@ -30,7 +30,7 @@ from typing import Any
 import httpx
 
 from shimpy.units import GIB
-from tests.benchmarks.peers.client import connect, stream
+from tests.benchmarks.peers.client import stream
 from tests.benchmarks.vram import used_vram
 from tests.daemon import Daemon, running_daemon
 
@@ -70,8 +70,7 @@ def home() -> Iterator[Path]:
 
 async def run_streams(url: str, bodies: list[dict[str, Any]]) -> tuple[float, float]:
     """Return (aggregate generated tok/s over the whole run, mean seconds to first text)."""
-    async with connect() as http:
-        found = await asyncio.gather(*(stream(http, url, body) for body in bodies))
+    found = await asyncio.gather(*(stream(url, body) for body in bodies))
     took_s = max(one.end_s for one in found)
     return len(bodies) * N_GENERATED / took_s, statistics.mean(one.first_s for one in found)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.peers import client
-from tests.benchmarks.peers.contenders import BareLoop, Contender, Server, cpu_s
+from tests.benchmarks.peers.contenders import BareLoop, Contender, Server, cpu_s, echo
 from tests.benchmarks.peers.targets import NOISE, Target, at_least, at_most, of_streams
 
 Metrics = dict[str, float]
@@ -104,15 +104,12 @@ def arrival(model: str, n_prompt: int) -> Scenario:
         short, long = make_prompts(1, 32, seed), make_prompts(1, n_prompt, seed + 1)
         url = f"{contender.url}/v1/completions"
         began = asyncio.Event()
-        async with client.connect() as http, asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(
-                client.stream(
-                    http, url, _body(contender, short[0], 160), began=began, began_after=16
-                )
-            )
+        async with asyncio.TaskGroup() as tasks:
+            body = _body(contender, short[0], 160)
+            running = tasks.create_task(client.stream(url, body, began=began, began_after=16))
             await began.wait()
             arrived_s = time.perf_counter()
-            late = tasks.create_task(client.stream(http, url, _body(contender, long[0], 16)))
+            late = tasks.create_task(client.stream(url, _body(contender, long[0], 16)))
         stream = running.result()
         since_s = arrived_s - stream.started_s
         return {
@@ -131,45 +128,55 @@ def arrival(model: str, n_prompt: int) -> Scenario:
     )
 
 
-def overhead(model: str, n_streams: int) -> Scenario:
-    """What the daemon adds to what the worker takes: to a first token, and in CPU to each.
+def overhead(model: str, n_streams: int, *, n_predict: int) -> Scenario:
+    """What the daemon adds to the worker's time to a first token, and its CPU for each later one.
 
-    The kernel's and the client's part of the way is in it.
+    The kernel's and the client's part of the way, as a server that does nothing shows it in the
+    same moments, is left out.
     """
 
     async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
         assert isinstance(contender, Server)
         assert contender.log is not None
-        n_predict = 64
         prompts = make_prompts(n_streams, 32, seed)
         url = f"{contender.url}/v1/completions"
         ids = [f"overhead-{seed}-{index}" for index in range(n_streams)]
-        before_s = cpu_s(contender.process, with_children=False)
-        async with asyncio.TaskGroup() as tasks:
-            running = []
-            for prompt, request in zip(prompts, ids, strict=True):
-                body = _body(contender, prompt, n_predict)
-                one = client.time_to_first_s(url, body, request)
-                running.append(tasks.create_task(one))
-                # One after the other: they are not to wait for each other.
-                await asyncio.sleep(_APART_S)
-        found = [task.result() for task in running]
+        echoed: list[float] = []
+        with echo() as nothing:
+            async with asyncio.TaskGroup() as tasks:
+                running, begun = [], []
+                for prompt, request in zip(prompts, ids, strict=True):
+                    begun.append(asyncio.Event())
+                    body = _body(contender, prompt, n_predict)
+                    one = client.stream(url, body, request_id=request, began=begun[-1])
+                    running.append(tasks.create_task(one))
+                    # One after the other: they are not to wait for each other.
+                    await asyncio.sleep(_APART_S)
+                    echoed.append((await client.stream(f"{nothing}/", body)).first_s)
+                await asyncio.gather(*(one.wait() for one in begun))
+                before_s, since_s = (
+                    cpu_s(contender.process, with_children=False),
+                    time.perf_counter(),
+                )
         took_s = cpu_s(contender.process, with_children=False) - before_s
+        found = [task.result() for task in running]
+        n_tokens = sum(one.n_tokens - one.n_tokens_until(since_s - one.started_s) for one in found)
         lines = await _log_lines(contender.log, ids)
         added = [
-            first_s - lines[request]["queue_s"] - lines[request]["prefill_s"]
-            for first_s, request in zip(found, ids, strict=True)
+            one.first_s - lines[request]["queue_s"] - lines[request]["prefill_s"]
+            for one, request in zip(found, ids, strict=True)
         ]
         return {
-            "added_ttft_ms": 1000 * statistics.median(added),
-            "daemon_cpu_ms_per_token": 1000 * took_s / (n_streams * n_predict),
+            "added_ttft_ms": 1000 * (statistics.median(added) - statistics.median(echoed)),
+            "echo_ms": 1000 * statistics.median(echoed),
+            "daemon_cpu_ms_per_token": 1000 * took_s / n_tokens,
         }
 
     return Scenario(
         name=f"{model}: what the daemon adds at {n_streams} streams",
         model=model,
         contenders=("shimpy",),
-        headline=("added_ttft_ms", "daemon_cpu_ms_per_token"),
+        headline=("added_ttft_ms", "echo_ms", "daemon_cpu_ms_per_token"),
         run=run,
         is_quick=True,
         targets=(at_most("added_ttft_ms", 1.5), at_most("daemon_cpu_ms_per_token", 0.1)),
@@ -264,10 +271,9 @@ async def _answer_all(
         ]
         return client.speeds(answers, n_prompt)
     url = f"{contender.url}/v1/completions"
-    async with client.connect() as http:
-        found = await asyncio.gather(
-            *(client.stream(http, url, _body(contender, prompt, n_predict)) for prompt in prompts)
-        )
+    found = await asyncio.gather(
+        *(client.stream(url, _body(contender, prompt, n_predict)) for prompt in prompts)
+    )
     metrics = client.speeds(found, n_prompt)
     usages = [one.usage for one in found if one.usage]
     if len(usages) == len(found):
@@ -318,7 +324,7 @@ def all_scenarios() -> list[Scenario]:
         streams("dense-200m", 2000, 4, n_predict=32),
         shared_prefix("dense-200m", 2000, 8),
         arrival("dense-200m", 1500),
-        overhead("dense-200m", 8),
+        overhead("dense-200m", 8, n_predict=96),
         schema("dense-200m"),
         streams("moe-300m", 32, 1, n_predict=128),
         streams("moe-300m", 32, 8),
@@ -328,7 +334,7 @@ def all_scenarios() -> list[Scenario]:
         arrival("moe-300m", 1500),
         streams("demo", 32, 1, n_predict=128),
         streams("demo", 32, 8, n_predict=128),
-        overhead("demo", 8),
+        overhead("demo", 8, n_predict=512),
         schema("demo"),
         streams("deepseek-8b", 32, 1, n_predict=16),
         streams("deepseek-8b", 256, 4, n_predict=16),
