@@ -19,7 +19,7 @@ from shimpy.engine.pace import Pace
 from shimpy.engine.parking import Parking, without_strewn
 from shimpy.engine.prefixes import MIN_PARKED_GAIN, Save, SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import IdleCache, KvOp, Match, Sequence
-from shimpy.engine.slots import Slots
+from shimpy.engine.slots import ATTENDED_CELLS, Slots
 
 # Room for this many new tokens is wanted before a sequence is admitted.
 MARGIN = 64
@@ -255,7 +255,21 @@ class Batcher:
             return None
         if not self._running and not self._waiting:
             return None
+        if self._delays_first_token():
+            return None
         return self._choose_copy(self._slots.unsettled(but=self._wanted()), may_cut=True)
+
+    def _delays_first_token(self) -> bool:
+        """Whether a copy would keep somebody waiting for a first token, and not make it sooner.
+
+        So it is where idle caches lie in cells that its prompt attends to in any case.
+        """
+        waiting = list(islice(self._waiting, self._slots.n))
+        if not waiting and all(one.n_generated for one in self._running):
+            return False
+        n_busy = self._slots.n_cells_busy()
+        n_attended = n_busy + sum(one.n_pending for one in [*self._running, *waiting])
+        return self._slots.cells.n_used - n_busy <= -n_attended % ATTENDED_CELLS
 
     def _choose_copy(self, caches: list[IdleCache], *, may_cut: bool) -> Park | None:
         for cache in caches:

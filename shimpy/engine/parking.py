@@ -11,7 +11,8 @@ generated side by side: their values lie transposed, two bytes apart from each o
 1. Nothing runs for QUIET_S: one cache after the other is copied, and stays where it is, so that
    whoever goes on from it finds it there.
 2. Something runs or waits, and a cache was not copied yet: it is copied now, unless earlier
-   copies took more than SHARE of the time since. It stays until then.
+   copies took more than SHARE of the time since, or a first token is waited for and its cells
+   fill up what that prompt attends to anyway (llama.cpp rounds that up). It stays until then.
 3. Its slot is wanted: it is copied in any case, but in the latter case without an answer that is
    strewn.
 4. A cache of a few tokens, or one that is parked or on disk already, is dropped without one.

@@ -28,7 +28,7 @@ MIN_FOLLOW = 64
 EVICT_CELLS = 256
 # llama.cpp attends to so many cells or a multiple of it (llama_kv_cache::get_n_kv); a sequence
 # may generate about so many tokens.
-_ATTENDED_CELLS = 256
+ATTENDED_CELLS = 256
 _GROWTH = 64
 
 
@@ -290,7 +290,7 @@ class Slots:
         busy = [slot.sequence for slot in self._slots if slot.sequence is not None]
         newest = max(self._slots, key=lambda slot: (bool(slot.tokens), slot.last_used))
         n_running = sum(len(one.tokens) for one in busy)
-        n_padding = -(n_running + _GROWTH * len(busy)) % _ATTENDED_CELLS
+        n_padding = -(n_running + _GROWTH * len(busy)) % ATTENDED_CELLS
         n_most = max(n_running, len(newest.tokens), n_padding)
         n_busy = self.n_cells_busy()
         while (n_over := self.cells.n_used - n_busy - n_most) > 0 and self.evict(n_over):

@@ -11,6 +11,7 @@ from shimpy.engine.batcher import Batch, Park, Restore
 from shimpy.engine.parking import SHARE, Parking
 from shimpy.engine.prefixes import MIN_PARKED, SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import Sequence
+from shimpy.engine.slots import ATTENDED_CELLS
 from tests.engine.test_batcher import Bench
 
 
@@ -105,8 +106,19 @@ def test_a_few_tokens_are_dropped_without_a_copy() -> None:
     bench = Parker()
     bench.answer(MIN_PARKED - 1)
     bench.answer(MIN_PARKED)
-    bench.answer(900)
+    bench.answer(4 * ATTENDED_CELLS)
     assert bench.parked == [MIN_PARKED]
+
+
+def test_no_first_token_waits_for_a_copy_that_makes_it_no_sooner() -> None:
+    """Of 256 cells that are attended to, 100 are the prompt's and 150 idle."""
+    bench = Parker()
+    bench.answer(150)
+    bench.submit(100, n_predict=4)
+    bench.step()
+    assert bench.parked == []
+    bench.step()
+    assert bench.parked == [150]
 
 
 def test_what_is_on_disk_is_dropped_without_a_copy() -> None:
