@@ -206,7 +206,7 @@ class Config:
         parse_size,
         "SIZE",
         "RAM for each model's caches of earlier prompts, where they would slow down others in the "
-        "KV cache (on CPUs); at most a quarter of what its load leaves; 0: none.",
+        "KV cache (on CPUs); of all models together at most a quarter of what is left; 0: none.",
     )
     log_level: LogLevel = _setting(
         "info",

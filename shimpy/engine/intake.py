@@ -27,6 +27,7 @@ from shimpy.protocol.messages import (
     Embed,
     Embedded,
     Failed,
+    LimitParked,
     Load,
     SetThreads,
     Shutdown,
@@ -57,7 +58,7 @@ class Inputs:
     ids: list[list[int]]
 
 
-Work = Prompted | Inputs | Cancel | SetThreads | Shutdown
+Work = Prompted | Inputs | Cancel | SetThreads | LimitParked | Shutdown
 Inbox = queue.Queue[Work]
 
 
@@ -101,7 +102,7 @@ class Intake:
             case Shutdown() if self._backend is None:
                 # The loop is busy loading and can't be asked to stop.
                 os._exit(0)
-            case Cancel() | SetThreads() | Shutdown():
+            case Cancel() | SetThreads() | LimitParked() | Shutdown():
                 self.inbox.put(message)
             case Load():
                 raise ProtocolError("a second Load: a worker holds one model")

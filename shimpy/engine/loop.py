@@ -30,6 +30,7 @@ from shimpy.protocol.messages import (
     Done,
     Failed,
     FinishReason,
+    LimitParked,
     SetThreads,
     Shutdown,
     Stats,
@@ -156,6 +157,8 @@ class Engine:
                 self._cancel(work.request)
             case SetThreads():
                 self._backend.set_threads(work.n_threads)
+            case LimitParked():
+                self._limit_parked(work.n_bytes)
             case Shutdown():
                 self._is_stopping = True
                 self._save_s = work.save_s
@@ -227,6 +230,12 @@ class Engine:
             self._parked.discard(prefix)
         is_kept = self._parked.park(park.slot, park.tokens)
         self._batcher.on_parked(park, self._clock() - started_s, is_kept=is_kept)
+
+    def _limit_parked(self, n_bytes: int) -> None:
+        """Give up what is parked over a new limit, and have that told at the end of the step."""
+        if self._parked is not None:
+            self._parked.set_limit(n_bytes)
+            self._stats_sent_s = -STATS_INTERVAL_S
 
     def _save(self) -> None:
         """Save what the slots hold, now that nothing runs."""

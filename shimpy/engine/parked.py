@@ -104,6 +104,12 @@ class ParkedPrefixes:
         self.saved.discard(prefix.name)
         os.close(self._files.pop(prefix.name))
 
+    def set_limit(self, n_bytes: int) -> None:
+        """Take no more from now on; those that were used longest ago go at once."""
+        self._limit = n_bytes
+        while self.n_bytes > n_bytes:
+            self.discard(next(one for one in self.saved if one.is_parked))
+
     def close(self) -> None:
         """Give back the RAM of all."""
         for prefix in [one for one in self.saved if one.is_parked]:

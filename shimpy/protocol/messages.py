@@ -1,6 +1,7 @@
 """Every message that crosses the process boundary, grouped by its receiver.
 
-To the worker: Load, then any number of Submit, Embed, Tokenize, Cancel, SetThreads; Shutdown.
+To the worker: Load, then any number of Submit, Embed, Tokenize, Cancel, SetThreads, LimitParked;
+Shutdown.
 To the daemon: Hello at once; Loading, then Ready or LoadFailed; then Events, Tokenized, Stats,
 PrefixNews.
 
@@ -215,6 +216,15 @@ class SetThreads(_Message, frozen=True):
     n_threads: int
 
 
+class LimitParked(_Message, frozen=True):
+    """Park no more than this from the next step on; what is over it goes, and Stats tells at once.
+
+    Nothing happens where nothing was to be parked at the load.
+    """
+
+    n_bytes: int
+
+
 class Shutdown(_Message, frozen=True):
     """Free everything and exit 0; running requests end as cancelled."""
 
@@ -222,7 +232,7 @@ class Shutdown(_Message, frozen=True):
     save_s: float = 2.0
 
 
-ToWorker = Load | Submit | Embed | Tokenize | Cancel | SetThreads | Shutdown
+ToWorker = Load | Submit | Embed | Tokenize | Cancel | SetThreads | LimitParked | Shutdown
 
 
 # --- to the daemon ----------------------------------------------------------------------------
@@ -341,7 +351,7 @@ class Tokenized(_Message, frozen=True):
 
 
 class Stats(_Message, frozen=True):
-    """The state of the slots; sent when it changes, at most once a second."""
+    """The state of the slots; sent when it changes: once a second at most, or after LimitParked."""
 
     n_busy: int
     n_waiting: int

@@ -43,6 +43,8 @@ class Limits:
     n_threads: int | None = None
     # Models that are never evicted once they are loaded, by name.
     pinned: frozenset[str] = frozenset()
+    # RAM that each model may park idle caches in.
+    parked_bytes: int = 0
     # How often free memory is looked at while models are loaded, in seconds; 0: never.
     replan_interval_s: float = 0.0
 
@@ -226,7 +228,15 @@ class Books:
         )
         queue.move = None
         queue.resident = self.residents[resident.worker] = resident
+        host = rung.host
+        n_left = host.available_bytes - host.total_bytes - host.margin_bytes
+        resident.parked_limit = self.parked_limit(n_left) if resident.parks else 0
         return resident
+
+    def parked_limit(self, n_left: int) -> int:
+        """Return what each model may park where so many bytes of RAM are left, parked ones too."""
+        n_parking = sum(r.parks and r.phase is not Phase.STOPPING for r in self.residents.values())
+        return min(self.limits.parked_bytes, policy.parked_share(n_left, n_parking))
 
     def stop(
         self,
@@ -326,6 +336,7 @@ def _started(resident: Resident) -> StartWorker:
         model=resident.model,
         rung=resident.rung,
         n_threads=resident.n_threads,
+        parked_limit=resident.parked_limit,
     )
 
 

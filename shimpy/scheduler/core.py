@@ -135,7 +135,8 @@ class SchedulerCore:
     def on_hardware(self, hardware: Hardware, now: float) -> list[Effect]:
         """Place the models that are waited for, the longest waiting first (Placing.place).
 
-        When it is time for that, idle residents are placed anew (Watch.look).
+        When it is time for that, idle residents are placed anew (Watch.look). What may be parked
+        follows from what is left (upkeep.share_parking).
         """
         self._books.n_cores = hardware.host.n_cores
         if not self._snapshots.end():
@@ -146,6 +147,7 @@ class SchedulerCore:
         if self._snapshots.is_look:
             effects += self._watch.look(self._books, ledger, self._planner, now)
             self._snapshots.looked(now, self._books.limits.replan_interval_s)
+        effects += upkeep.share_parking(self._books, ledger)
         return self._settle(effects, now)
 
     def preview(self, hardware: Hardware) -> list[tuple[Model, Plan]]:
@@ -204,6 +206,19 @@ class SchedulerCore:
         effects: list[Effect] = [note("ready", resident.key, reason, now)]
         effects += self._books.grant_waiting(queue, now)
         return self._settle(effects, now)
+
+    def on_parked(self, worker: WorkerId, n_bytes: int, now: float) -> list[Effect]:
+        """Note how much RAM a worker's parked caches take.
+
+        Once it has given up what it was told to, a snapshot of before is of no use any more.
+        """
+        resident = self._books.residents.get(worker)
+        if resident is None or resident.parked_bytes == n_bytes:
+            return []
+        if resident.parked_bytes > resident.parked_limit >= n_bytes:
+            self._snapshots.overtake()
+        resident.parked_bytes = n_bytes
+        return self._settle([], now)
 
     def on_load_failed(
         self, worker: WorkerId, message: str, now: float, *, out_of_memory: bool

@@ -18,6 +18,8 @@ class StartWorker:
     model: Model
     rung: Rung
     n_threads: int
+    # RAM that it may park idle caches in.
+    parked_limit: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,14 @@ class SetThreads:
     n_threads: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitParked:
+    """Let a worker park no more than this from its next step on; ends in on_parked."""
+
+    worker: WorkerId
+    n_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """Take a snapshot of the hardware; ends in on_hardware or on_probe_failed."""
@@ -68,7 +78,7 @@ class Note:
     event: Event
 
 
-Effect = StartWorker | StopWorker | Grant | Reject | SetThreads | Probe | Note
+Effect = StartWorker | StopWorker | Grant | Reject | SetThreads | LimitParked | Probe | Note
 
 
 def note(kind: EventKind, model: str, reason: str, now: float, *, cause: str = "") -> Note:

@@ -7,17 +7,19 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import assert_never
 
+from msgspec.structs import replace as replace_fields
+
 from shimpy.config import Config
 from shimpy.errors import ShimpyError
 from shimpy.logs import get_logger
-from shimpy.protocol.messages import LoadFailed, PrefixNews, Ready, SetThreads
+from shimpy.protocol.messages import LimitParked, LoadFailed, PrefixNews, Ready, SetThreads, Stats
 from shimpy.scheduler import effects as fx
 from shimpy.scheduler.clock import Clock, TimerHandle, to_epoch
 from shimpy.scheduler.core import SchedulerCore
 from shimpy.scheduler.crew import Crew
 from shimpy.scheduler.exits import WorkerExit
 from shimpy.scheduler.lease import Lease
-from shimpy.scheduler.loads import load_message, with_parked, with_prefixes
+from shimpy.scheduler.loads import load_message, with_prefixes
 from shimpy.scheduler.reports import HistoryEvent, Journal
 from shimpy.scheduler.states import RequestId, WorkerId
 from shimpy.scheduler.surveyor import Surveyor
@@ -75,10 +77,10 @@ class Executor:
                     self._answer(effect.request, effect.error)
                 case fx.SetThreads():
                     self.crew[effect.worker].send(SetThreads(n_threads=effect.n_threads))
+                case fx.LimitParked():
+                    self.crew[effect.worker].send(LimitParked(n_bytes=effect.n_bytes))
                 case fx.Probe():
-                    self._spawn(self._probe_hardware())
-                    if self._is_asked():
-                        self.crew.spare.hurry()
+                    self._begin_probe()
                 case fx.Note():
                     event = effect.event
                     self.journal.add(HistoryEvent.of(event, to_epoch(self._clock, event.at_s)))
@@ -131,6 +133,11 @@ class Executor:
         self._timer = self._timer_s = None
         self.carry_out(self._core.on_timer(self._clock.now()))
 
+    def _begin_probe(self) -> None:
+        self._spawn(self._probe_hardware())
+        if self._is_asked():
+            self.crew.spare.hurry()
+
     async def _probe_hardware(self) -> None:
         try:
             hardware = await self._surveyor.survey(self._core)
@@ -167,18 +174,22 @@ class Executor:
             )
             self.carry_out(effects)
 
+        def on_stats(stats: Stats) -> None:
+            self.carry_out(core.on_parked(start.worker, stats.parked_bytes, clock.now()))
+
         def on_prefix(news: PrefixNews) -> None:
             event = HistoryEvent.of_prefix(name, news, time.time())
             if event is not None:
                 self.journal.add(event)
 
         load = load_message(start.model, start.rung, start.n_threads)
-        load = with_parked(load, start.rung, self._config)
+        load = replace_fields(load, parked_cache_bytes=start.parked_limit)
         task = Task(
             name=name,
             load=with_prefixes(load, start.model, self._config),
             on_ready=on_ready,
             on_load_failed=on_load_failed,
+            on_stats=on_stats,
             on_prefix=on_prefix,
             deadlines=self._deadlines,
         )

@@ -2,7 +2,8 @@
 
 A snapshot says what is free now. It misses what a worker that is still loading will take,
 and mapped weights, which the system counts as available though a model is using them. And it
-can't know what comes back when a resident leaves.
+can't know what comes back when a resident leaves, or gives up its parked caches: these show as
+taken (they are shared memory to the kernel), and are there for whoever wants the RAM.
 """
 
 from __future__ import annotations
@@ -62,26 +63,35 @@ class Ledger:
         self._hardware = hardware
         self.residents = residents
         self._claimed: Counter[str] = Counter()
+        # The largest margin of RAM of those that claim.
+        self._claimed_margin = 0
         # What models on their way to another placement will take, by the model's name, and
         # whether it is kept whatever comes.
         self._held: dict[str, tuple[Rung, bool]] = {}
 
     @property
-    def has_stopping(self) -> bool:
-        """Whether some memory is about to come back."""
-        return any(resident.phase is Phase.STOPPING for resident in self.residents)
+    def has_returning(self) -> bool:
+        """Whether some memory is about to come back, or will as soon as it is wanted."""
+        return any(r.phase is Phase.STOPPING or r.parked_bytes for r in self.residents)
 
     def present(self) -> Hardware:
-        """Return what a worker could take at this moment."""
-        return self._hardware_with(gone=frozenset(), claimed=Counter())
+        """Return what a worker could take at this moment: beside what is parked too."""
+        return self._hardware_with(gone=frozenset(), claimed=Counter(), is_parked_kept=True)
+
+    @property
+    def spare_ram(self) -> int:
+        """What `remaining` leaves of the RAM, the margins of all who take some kept; bytes."""
+        rungs = [r.rung for r in self.residents] + [rung for rung, _ in self._held.values()]
+        margins = [self._claimed_margin, *(rung.host.margin_bytes for rung in rungs)]
+        return max(0, self.remaining().host.available_bytes - max(margins))
 
     def remaining(
         self, *, without: Iterable[Resident] = (), beside: Iterable[Rung] = ()
     ) -> Hardware:
         """Return what is left when stopping workers and those in `without` have gone.
 
-        Memory that was claimed for earlier requests in this pass, or is held, is not part of
-        it, nor is that of the rungs `beside`.
+        Parked caches count as given up. Memory that was claimed for earlier requests in this pass,
+        or is held, is not part of it, nor is that of the rungs `beside`.
         """
         claimed = self._claimed + self._held_bytes()
         for rung in beside:
@@ -135,6 +145,7 @@ class Ledger:
             if resident.phase is not Phase.STOPPING:
                 use = use_of(resident)
                 need.subtract({**use.devices, HOST: use.host + use.mapped})
+        self._claimed_margin = max(self._claimed_margin, rung.host.margin_bytes)
         self._claimed += need  # Counter addition drops what is not positive
 
     def _held_bytes(self, *, firm_only: bool = False) -> Counter[str]:
@@ -148,14 +159,23 @@ class Ledger:
         stopping = {r.worker for r in self.residents if r.phase is Phase.STOPPING}
         return frozenset(stopping | {r.worker for r in without})
 
-    def _change(self, gone: frozenset[int], *, is_loading_seen: bool = False) -> Counter[str]:
+    def _change(
+        self,
+        gone: frozenset[int],
+        *,
+        is_loading_seen: bool = False,
+        is_parked_kept: bool = False,
+    ) -> Counter[str]:
         """Return what the snapshot's figures are to be changed by.
 
-        `is_loading_seen`: what loads is in the snapshot already.
+        `is_loading_seen`: what loads is in the snapshot already. `is_parked_kept`: nobody gives up
+        what is parked.
         """
         change: Counter[str] = Counter()
         for resident in self.residents:
             use = use_of(resident)
+            if not is_parked_kept:
+                change[HOST] += resident.parked_bytes
             if resident.worker in gone:
                 change.update({**use.devices, HOST: use.host})
             elif resident.phase is Phase.LOADING:
@@ -172,8 +192,9 @@ class Ledger:
         gone: frozenset[int],
         claimed: Counter[str],
         is_loading_seen: bool = False,
+        is_parked_kept: bool = False,
     ) -> Hardware:
-        change = self._change(gone, is_loading_seen=is_loading_seen)
+        change = self._change(gone, is_loading_seen=is_loading_seen, is_parked_kept=is_parked_kept)
         kept: Counter[str] = Counter()
         for resident in self.residents:
             if resident.worker not in gone:

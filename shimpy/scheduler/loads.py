@@ -15,8 +15,6 @@ from shimpy.registry.model import Model
 
 # llama.cpp's own default: tokens of one decode call, in micro-batches of n_ubatch.
 N_BATCH = 2048
-# Parked caches may take one of so many parts of the RAM that a load leaves.
-_PARKED_SHARE = 4
 
 
 def with_defaults(options: PlanOptions, config: Config) -> PlanOptions:
@@ -42,14 +40,6 @@ def load_message(model: Model, rung: Rung, n_threads: int) -> Load:
         load_mode=placement.load_mode,
         n_threads=n_threads,
     )
-
-
-def with_parked(load: Load, rung: Rung, config: Config) -> Load:
-    """Return the message, with how much RAM its worker may park idle caches in."""
-    host = rung.host
-    n_left = max(0, host.available_bytes - host.total_bytes)
-    n_bytes = 0 if load.embedding else min(config.parked_cache_size, n_left // _PARKED_SHARE)
-    return replace_fields(load, parked_cache_bytes=n_bytes)
 
 
 def with_prefixes(load: Load, model: Model, config: Config) -> Load:

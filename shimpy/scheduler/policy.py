@@ -26,6 +26,9 @@ PATIENCE_S = 30.0
 
 LONGEST_RETRY_AFTER_S = 60.0
 
+# All parked caches together may take one of so many parts of the RAM that is left but for them.
+PARKED_SHARE = 4
+
 # A model that is wholly on the GPU leaves the processors next to nothing to do.
 GPU_MODE_THREADS = 4
 # Weights of a token that are work enough for one thread.
@@ -107,6 +110,17 @@ def describe(rung: Rung) -> str:
         "cpu": "on the CPU",
     }[placement.mode]
     return f"{where}, context {placement.n_ctx}, {placement.n_slots} slots"
+
+
+# --- parked caches ---------------------------------------------------------------------------
+
+
+def parked_share(n_left: int, n_parking: int) -> int:
+    """Return the RAM of each of several models for parked caches, where so much is left.
+
+    Most of it stays for what comes next. Bytes.
+    """
+    return max(0, n_left) // PARKED_SHARE // max(1, n_parking)
 
 
 # --- times and threads ------------------------------------------------------------------------

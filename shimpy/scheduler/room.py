@@ -25,7 +25,7 @@ _MOST_SHRUNK = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """It fits: now, or as soon as workers that are stopping anyway have gone."""
+    """It fits: now, or once stopping workers have gone and others gave up what they parked."""
 
     rung: Rung
     plan: Plan
@@ -131,7 +131,7 @@ class RoomSearch:
     def _start(self, plan: Plan, rung: Rung) -> Room:
         if self.own is not None:
             return Evict(rung=rung, victims=(self.own,))
-        must_wait = self.ledger.has_stopping and not rung_fits(rung, self.ledger.present())
+        must_wait = self.ledger.has_returning and not rung_fits(rung, self.ledger.present())
         return Start(rung=rung, plan=plan, must_wait=must_wait)
 
     def _shrink(self, best: Rung) -> Evict | None:

@@ -262,6 +262,7 @@ def _limits(config: Config) -> Limits:
         keep_alive_s=_keep_alive(config.keep_alive),
         max_queue=config.max_queue,
         pinned=frozenset(config.pinned),
+        parked_bytes=config.parked_cache_size,
         replan_interval_s=config.replan_interval,
         n_threads=config.n_threads,
     )

@@ -105,6 +105,9 @@ class Resident:
     idle_since_s: float = 0.0
     # It is loaded of the scheduler's own accord.
     move: Move | None = None
+    # RAM that its parked caches take, as it told last, and that they may take, as it was told.
+    parked_bytes: int = 0
+    parked_limit: int = 0
     # It is never evicted, nor made smaller for others, and outlives its keep_alive.
     is_pinned: bool = False
     # A request for another model that has waited too long for this one's memory: requests
@@ -120,6 +123,13 @@ class Resident:
     def is_idle(self) -> bool:
         """Whether it is loaded and no request holds a lease on it."""
         return self.phase is Phase.READY and not self.leases
+
+    @property
+    def parks(self) -> bool:
+        """Whether it copies idle caches to RAM: where attention is computed over them too."""
+        shape = self.model.shape
+        generates = shape is not None and not (shape.is_embedding or shape.is_reranker)
+        return generates and not self.rung.placement.flash_attn
 
     @property
     def expires_s(self) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from shimpy.scheduler import policy
 from shimpy.scheduler.books import Books
-from shimpy.scheduler.effects import Effect, SetThreads
+from shimpy.scheduler.effects import Effect, LimitParked, SetThreads
+from shimpy.scheduler.ledger import Ledger
 from shimpy.scheduler.states import Phase
 from shimpy.units import format_duration
 
@@ -78,4 +79,15 @@ def share_threads(books: Books) -> list[Effect]:
         if resident.n_threads != n_threads:
             resident.n_threads = n_threads
             effects.append(SetThreads(worker=worker, n_threads=n_threads))
+    return effects
+
+
+def share_parking(books: Books, ledger: Ledger) -> list[Effect]:
+    """Let the loaded models share the RAM for parked caches; whoever has more gives it back."""
+    limit = books.parked_limit(ledger.spare_ram)
+    effects: list[Effect] = []
+    for resident in books.residents.values():
+        if resident.parks and resident.phase is Phase.READY and resident.parked_limit != limit:
+            resident.parked_limit = limit
+            effects.append(LimitParked(worker=resident.worker, n_bytes=limit))
     return effects

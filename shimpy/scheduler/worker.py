@@ -84,6 +84,7 @@ class Task:
     load: Load
     on_ready: Callable[[Ready], None]
     on_load_failed: Callable[[LoadFailed], None]
+    on_stats: Callable[[Stats], None] = lambda _stats: None
     on_prefix: Callable[[PrefixNews], None] = lambda _news: None
     deadlines: Deadlines = field(default_factory=Deadlines)
 
@@ -354,7 +355,7 @@ class Worker:
             case Ready() | LoadFailed():
                 self._end(ExitKind.PROTOCOL, "told of a model that it was not given")
             case Stats():
-                self.stats = message
+                self._on_stats(message)
             case PrefixNews():
                 self._on_prefix_news(message)
             case _:
@@ -371,6 +372,11 @@ class Worker:
         self._greeted = True
         if self._task is not None:
             self.send(self._task.load)
+
+    def _on_stats(self, stats: Stats) -> None:
+        self.stats = stats
+        if self._task is not None:
+            self._task.on_stats(stats)
 
     def _on_prefix_news(self, news: PrefixNews) -> None:
         log = self._log.warning if news.kind == "discarded" else self._log.info

@@ -21,6 +21,7 @@ from shimpy.protocol.messages import (
     Embedded,
     Events,
     Fim,
+    LimitParked,
     Load,
     Prefilled,
     Sampling,
@@ -410,6 +411,34 @@ def test_threads_are_set_between_steps() -> None:
     rig.send(SetThreads(3))
     rig.step()
     assert rig.backend.threads == [3]
+
+
+def test_what_was_given_up_is_told_at_once() -> None:
+    """Some load waits for it. What was given up is computed again where a prompt has it."""
+    rig = Rig(FakeBackend(n_ctx=512, n_slots=2), parked_bytes=1 << 20)
+    rig.submit(1, "once " * 20, n_predict=1)
+    rig.finish()
+    rig.rest()
+    rig.now = 10.0
+    rig.step()
+    assert rig.stats[-1].parked_bytes > 0
+    rig.send(LimitParked(0))
+    rig.step()
+    assert rig.stats[-1].parked_bytes == 0
+    rig.submit(2, "once " * 20, n_predict=1)
+    rig.finish()
+    assert rig.told[2].done.reason == "length"
+    n_told = len(rig.stats)
+    rig.send(LimitParked(1 << 20))
+    rig.step(2)
+    assert len(rig.stats) <= n_told + 1
+
+
+def test_a_limit_is_nothing_to_who_parks_nothing() -> None:
+    rig = Rig()
+    rig.send(LimitParked(0))
+    rig.step()
+    assert not rig.stats
 
 
 def test_stats_are_sent_when_they_change_but_once_a_second() -> None:

@@ -86,6 +86,22 @@ def test_little_ram_is_left_to_others() -> None:
     assert not Ram(limit=0).park(1)
 
 
+def test_a_lower_limit_holds_at_once() -> None:
+    ram = Ram()
+    for first in (1, 2, 3):
+        assert ram.park(first)
+    ram.restore(next(iter(ram.saved)))
+    n_before = open_files()
+    ram.store.set_limit(2 * 10 * STATE_BYTES - 1)
+    assert ram.firsts == [1]
+    assert open_files() == n_before - 2
+    assert ram.park(4)
+    assert ram.firsts == [4]
+    ram.store.set_limit(2 * 10 * STATE_BYTES)
+    assert ram.park(5)
+    assert ram.firsts == [4, 5]
+
+
 def test_their_number_is_bounded_and_none_leaves_a_file_open() -> None:
     n_before = open_files()
     ram = Ram()

@@ -27,6 +27,7 @@ from shimpy.protocol.messages import (
     Failed,
     Fim,
     Hello,
+    LimitParked,
     Load,
     LoadFailed,
     Loading,
@@ -118,6 +119,7 @@ FOR_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
     ),
     Cancel: st.builds(Cancel, requests),
     SetThreads: st.builds(SetThreads, st.integers(1, 99)),
+    LimitParked: st.builds(LimitParked, requests),
     Shutdown: st.builds(Shutdown),
 }
 FOR_DAEMON: dict[type, st.SearchStrategy[ToDaemon]] = {
@@ -137,7 +139,7 @@ FOR_DAEMON: dict[type, st.SearchStrategy[ToDaemon]] = {
         Tokenized, requests, ids, texts, st.lists(st.binary(max_size=4), max_size=3)
     ),
     Failed: st.builds(Failed, requests, texts, texts),
-    Stats: st.builds(Stats, requests, requests, requests),
+    Stats: st.builds(Stats, requests, requests, requests, requests),
     PrefixNews: st.builds(
         PrefixNews,
         st.sampled_from(["saved", "restored", "skipped", "discarded"]),

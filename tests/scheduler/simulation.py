@@ -41,6 +41,10 @@ class Process:
     is_stopping: bool = False
     # While it loads, a snapshot shows all of its memory or none.
     is_visible: bool = True
+    # What it has parked, what it may, and a limit that is on its way to it.
+    parked: int = 0
+    parked_limit: int = 0
+    told_limit: int | None = None
 
 
 @dataclass(slots=True)
@@ -131,6 +135,29 @@ class Simulation:
             self.snapshot = self.measure()
         self.check()
 
+    def parks(self, worker: WorkerId, share: float) -> None:
+        """A worker parks such a share of what it may, as far as there is RAM for it."""
+        process = self.processes[worker]
+        room = process.parked + self._left().host.available_bytes
+        process.parked = int(share * min(process.parked_limit, room))
+        if self.snapshot is not None:
+            # As if it had been taken now.
+            self.snapshot = self.measure()
+        self.do(self.core.on_parked(worker, process.parked, self.now))
+
+    def hears(self, worker: WorkerId) -> None:
+        """A worker gets to know its limit, and gives up what is over it."""
+        process = self.processes[worker]
+        assert process.told_limit is not None
+        process.parked_limit, process.told_limit = process.told_limit, None
+        process.parked = min(process.parked, process.parked_limit)
+        self.do(self.core.on_parked(worker, process.parked, self.now))
+
+    @property
+    def told(self) -> list[WorkerId]:
+        """Workers that a limit is on its way to."""
+        return [w for w, process in self.processes.items() if process.told_limit is not None]
+
     def unload(self, model: Model) -> None:
         key = str(model.name)
         if self.resident(model) is not None:
@@ -192,6 +219,8 @@ class Simulation:
                 self.probed()
             elif (worker := next(iter(self.of_phase(Phase.STOPPING)), None)) is not None:
                 self.exits(worker)
+            elif self.told:
+                self.hears(self.told[0])
             elif (worker := next(iter(self.of_phase(Phase.LOADING)), None)) is not None:
                 self.ready(worker)
             else:
@@ -246,7 +275,9 @@ class Simulation:
         match effect:
             case fx.StartWorker():
                 assert effect.worker not in self.processes
-                self.processes[effect.worker] = Process(effect.model, effect.rung)
+                self.processes[effect.worker] = Process(
+                    effect.model, effect.rung, parked_limit=effect.parked_limit
+                )
                 self.told_to_leave.discard(str(effect.model.name))
                 self.threads[effect.worker] = effect.n_threads
             case fx.StopWorker():
@@ -265,6 +296,11 @@ class Simulation:
             case fx.SetThreads():
                 assert not self.processes[effect.worker].is_stopping
                 self.threads[effect.worker] = effect.n_threads
+            case fx.LimitParked():
+                process = self.processes[effect.worker]
+                assert not process.is_stopping
+                assert effect.n_bytes <= self.limits.parked_bytes
+                process.told_limit = effect.n_bytes
             case fx.Probe():
                 assert self.snapshot is None, "two probes at once"
                 self.snapshot = self.measure()
@@ -346,7 +382,7 @@ class Simulation:
         return taken(
             self.hardware,
             vram=self.others_vram + sum(vram_of(p.rung) for p in seen),
-            ram=self.others_ram + sum(p.rung.host.total_bytes for p in seen),
+            ram=self.others_ram + sum(p.rung.host.total_bytes + p.parked for p in seen),
         )
 
     def _left(self) -> Hardware:
@@ -355,7 +391,7 @@ class Simulation:
         return taken(
             self.hardware,
             vram=self.others_vram + sum(vram_of(p.rung) for p in processes),
-            ram=self.others_ram + sum(p.rung.host.total_bytes for p in processes),
+            ram=self.others_ram + sum(p.rung.host.total_bytes + p.parked for p in processes),
         )
 
     def check(self) -> None:

@@ -158,6 +158,7 @@ def _rung(
         n_ubatch=512,
         load_mode="locked",
         kv_type="f16",
+        flash_attn=mode == "gpu",
         devices=tuple(device.name for device in devices),
     )
     return Rung(

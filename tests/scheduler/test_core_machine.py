@@ -16,7 +16,7 @@ from shimpy.placement.placement import PlanOptions
 from shimpy.scheduler.books import Limits
 from shimpy.scheduler.states import Phase
 from tests.scheduler.simulation import ABORTED, OUT_OF_MEMORY, Simulation
-from tests.scheduler.support import make_hardware, make_model, make_shape, plan
+from tests.scheduler.support import MIB, make_hardware, make_model, make_shape, plan
 
 MODELS = {
     str(model.name): model
@@ -71,6 +71,7 @@ class CoreMachine(RuleBasedStateMachine):
         replan_interval_s=st.sampled_from([5.0, 5.0, 0.0]),
         margin_mib=st.sampled_from([20, 0]),
         pinned=st.sampled_from(["", "", "middle:latest"]),
+        parked_mib=st.sampled_from([200, 1000, 0]),
     )
     def start(  # noqa: PLR0917 - called by name
         self,
@@ -80,12 +81,14 @@ class CoreMachine(RuleBasedStateMachine):
         replan_interval_s: float,
         margin_mib: int,
         pinned: str,
+        parked_mib: int,
     ) -> None:
         limits = Limits(
             keep_alive_s=keep_alive_s,
             max_queue=max_queue,
             replan_interval_s=replan_interval_s,
             pinned=frozenset({pinned} - {""}),
+            parked_bytes=parked_mib * MIB,
         )
         planner = partial(plan, margin_mib=margin_mib)
         self.simulation = Simulation(HARDWARE[hardware], limits, planner)
@@ -185,6 +188,12 @@ class CoreMachine(RuleBasedStateMachine):
         self.simulation.others_take(vram_share=vram_share, ram_share=ram_share)
         self._answer(answers)
 
+    @precondition(lambda self: self.simulation.of_phase(Phase.READY))
+    @rule(which=st.integers(0), share=st.sampled_from([1.0, 1.0, 0.5, 0.0]), answers=ANSWERS)
+    def parks(self, which: int, share: float, answers: list[int]) -> None:
+        self.simulation.parks(pick(self.simulation.of_phase(Phase.READY), which), share)
+        self._answer(answers)
+
     @rule(model=st.sampled_from(list(MODELS)), pinned=st.sampled_from([False, False, True]))
     def pin(self, model: str, pinned: bool) -> None:
         self.simulation.pin(MODELS[model], pinned=pinned)
@@ -200,6 +209,7 @@ class CoreMachine(RuleBasedStateMachine):
             due: list[Callable[[], None]] = [
                 *(partial(simulation.exits, w) for w in simulation.of_phase(Phase.STOPPING)),
                 *(partial(simulation.ready, w) for w in simulation.of_phase(Phase.LOADING)),
+                *(partial(simulation.hears, w) for w in simulation.told),
                 *([simulation.probed] if simulation.snapshot is not None else []),
             ]
             if due:

@@ -80,7 +80,7 @@ def test_mapped_weights_are_available_to_the_system_but_not_to_others() -> None:
 def test_stopping_workers_give_back_but_not_yet() -> None:
     stopping = make_resident(make_rung(vram=300), phase=Phase.STOPPING)
     ledger = Ledger(taken(EMPTY, vram=300 * MIB), [stopping])
-    assert ledger.has_stopping
+    assert ledger.has_returning
     assert ledger.present().gpus[0].free_bytes == 700 * MIB
     assert free_mib(ledger)[0] == 1000
 

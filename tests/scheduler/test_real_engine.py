@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -11,15 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace as replace_fields
 
 from shimpy.config import Config
 from shimpy.errors import LoadError, WorkerDiedError
 from shimpy.gguf.arch import describe_model
 from shimpy.gguf.reader import read_header
 from shimpy.names import parse_model_name
+from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import PlanOptions
+from shimpy.placement.planner import plan_model
 from shimpy.protocol.messages import Delta, Done, Sampling, Submit, Text
 from shimpy.registry.model import Model
+from shimpy.scheduler.loads import with_defaults
 from shimpy.scheduler.scheduler import Scheduler
 from shimpy.scheduler.simulations import Simulations
 from tests.scheduler.support import make_hardware
@@ -153,6 +158,56 @@ async def test_embeddings(bert_model: Path) -> None:
         async with scheduler.acquire(model, PlanOptions()) as lease:
             embedded = await lease.embed([[Text("one")], [Text("two")]])
         assert len(embedded.data) == 2 * 4 * embedded.n_embd
+
+
+def parked_in(pid: int) -> int:
+    """Return the bytes of RAM in a process's files that have no name."""
+    n_bytes = 0
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if str(file.readlink()).startswith("/memfd:shimpy-parked"):
+                n_bytes += file.stat().st_size
+    return n_bytes
+
+
+async def wait_parked(scheduler: Scheduler) -> int:
+    """Return the bytes that a worker says it has parked, once it has; it tells now and then."""
+    while not (stats := scheduler.residents()[0].stats) or not stats.parked_bytes:  # noqa: ASYNC110 - no event tells of them
+        await asyncio.sleep(0.01)
+    return stats.parked_bytes
+
+
+async def test_parked_caches_give_way_to_a_load(chain_model: Path, llama_model: Path) -> None:
+    """There is room for the second model but for what the first one has parked."""
+    talker, other = model_at(llama_model), model_at(chain_model)
+    long = replace_fields(SUBMIT, prompt=[Text("Once upon a time. " * 20)], n_predict=1)
+    plenty = make_hardware(ram_mib=4000)
+    available, pids = plenty.host.available_bytes, list[int]()
+
+    def probe() -> Hardware:
+        n_bytes = available - sum(map(parked_in, pids))
+        return replace(plenty, host=replace(plenty.host, available_bytes=n_bytes))
+
+    config = Config(n_threads=1, keep_alive=300.0, spare_worker=False)
+    async with Scheduler(config, probe) as scheduler:
+        await say(scheduler, talker, long)
+        (resident,) = scheduler.residents()
+        assert resident.pid is not None
+        pids.append(resident.pid)
+        n_parked = await wait_parked(scheduler)
+        assert parked_in(resident.pid) == n_parked
+        # Of what is needed, a half of that is missing.
+        assert other.shape is not None
+        rung = plan_model(other.shape, plenty, with_defaults(SMALL, config)).chosen
+        assert rung is not None
+        need = resident.rung.host.weights_bytes + rung.host.total_bytes + rung.host.margin_bytes
+        available = need + n_parked // 2
+        text, _ = await say(scheduler, other)
+        assert text == CHAIN_TEXT
+        assert parked_in(resident.pid) <= n_parked // 2
+        assert resident.pid in [one.pid for one in scheduler.residents()]
+        assert "evict" not in [event.kind for event in scheduler.history()]
+        await say(scheduler, talker, long)
 
 
 async def test_a_load_takes_what_llama_cpp_said_before_it(deepseek_model: Path) -> None:
