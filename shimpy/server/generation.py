@@ -22,7 +22,8 @@ import msgspec
 from shimpy.chat import events as chat
 from shimpy.chat.events import OutputEvent
 from shimpy.chat.messages import ToolCall
-from shimpy.errors import NotFoundError, StoppingError
+from shimpy.errors import GgufError, NotFoundError, StoppingError
+from shimpy.names import DEFAULT_TAG, parse_model_name
 from shimpy.placement.placement import PlanOptions
 from shimpy.protocol.messages import Delta, Done, Prefilled, Submit, Text, TokenLogprob
 from shimpy.registry.model import Model
@@ -223,8 +224,27 @@ async def unload_model(services: Services, name: str, record: Record) -> bool:
     Raises:
         NotFoundError: no such model.
     """
-    model = await find_model(services, name, record)
-    return services.scheduler.unload(str(model.name))
+    return services.scheduler.unload(await find_name(services, name, record))
+
+
+async def find_name(services: Services, text: str, record: Record) -> str:
+    """Return the name of a model; one that is loaded counts though its file has gone.
+
+    Raises:
+        NotFoundError, GgufError: as for `find_model`, and it is not loaded.
+    """
+    try:
+        return str((await find_model(services, text, record)).name)
+    except (NotFoundError, GgufError):
+        wanted = parse_model_name(text)
+        loaded = {resident.model.name for resident in services.scheduler.residents()}
+        namesakes = [name for name in loaded if name.name == wanted.name]
+        if wanted in loaded:
+            namesakes = [wanted]
+        if len(namesakes) != 1 or wanted.tag not in {DEFAULT_TAG, namesakes[0].tag}:
+            raise
+        record.model = str(namesakes[0])
+        return record.model
 
 
 async def find_model(services: Services, name: str, record: Record) -> Model:

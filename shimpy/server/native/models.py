@@ -8,9 +8,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from shimpy.registry.model import Model
 from shimpy.server.bodies import read_body
-from shimpy.server.generation import acquire, find_model
+from shimpy.server.generation import acquire, find_model, find_name
 from shimpy.server.ollama.options import parse_options
 from shimpy.server.ollama.residents import resident_entry
 from shimpy.server.ollama.wire import parse_keep_alive
@@ -36,7 +35,7 @@ async def load(request: web.Request) -> web.Response:
     options, keep_alive_s = parse_options(body.options), parse_keep_alive(body.keep_alive)
     model = await find_model(services, request.match_info["model"], record)
     async with acquire(services, model, options, keep_alive_s, record):
-        entry = _resident_entry(services, model)
+        entry = _resident_entry(services, str(model.name))
     return json_response({"message": f"{model.name} is loaded", "status": "loaded"} | entry)
 
 
@@ -46,8 +45,7 @@ async def unload(request: web.Request) -> web.Response:
     While it still works for somebody it is "unloading": it goes when that has ended.
     """
     services, record = services_of(request), record_of(request)
-    model = await find_model(services, request.match_info["model"], record)
-    name = str(model.name)
+    name = await find_name(services, request.match_info["model"], record)
     was_loaded = services.scheduler.unload(name)
     status = "unloaded" if was_loaded else "not loaded"
     try:
@@ -61,8 +59,8 @@ async def unload(request: web.Request) -> web.Response:
 async def status(request: web.Request) -> web.Response:
     """GET /api/models/{model}/status: whether it is loaded, and where."""
     services, record = services_of(request), record_of(request)
-    model = await find_model(services, request.match_info["model"], record)
-    entry = _resident_entry(services, model)
+    name = await find_name(services, request.match_info["model"], record)
+    entry = _resident_entry(services, name)
     state = entry.get("state", "not loaded")
     return json_response({"status": state, "loaded": state == "ready"} | entry)
 
@@ -88,15 +86,15 @@ ROUTES = [
 
 async def _set_pinned(request: web.Request, *, pinned: bool) -> web.Response:
     services, record = services_of(request), record_of(request)
-    model = await find_model(services, request.match_info["model"], record)
-    services.scheduler.pin(str(model.name), pinned=pinned)
-    entry = _resident_entry(services, model)
+    name = await find_name(services, request.match_info["model"], record)
+    services.scheduler.pin(name, pinned=pinned)
+    entry = _resident_entry(services, name)
     return json_response({"pinned": pinned, "loaded": entry.get("state") == "ready"} | entry)
 
 
-def _resident_entry(services: Services, model: Model) -> dict[str, Any]:
+def _resident_entry(services: Services, name: str) -> dict[str, Any]:
     """Return a model as /api/ps has it; only its name, where it is not loaded."""
     for resident in services.scheduler.residents():
-        if resident.model.name == model.name:
+        if str(resident.model.name) == name:
             return resident_entry(resident)
-    return {"model": str(model.name)}
+    return {"model": name}

@@ -62,6 +62,21 @@ async def test_load_and_unload_do_so(app: Running) -> None:
     assert status == {"status": "not loaded", "loaded": False, "model": "chain:latest"}
 
 
+async def test_what_is_loaded_can_be_unloaded_though_its_file_has_gone(app: Running) -> None:
+    models = (await app.client.get("/api/models")).json()["models"]
+    path = next(Path(model["path"]) for model in models if model["name"] == "other:q8_0")
+    copy = path.with_name("gone-Q8_0.gguf")
+    write_chain(copy)
+    await _post(app, "/api/models/gone/load", keep_alive=-1)
+    copy.unlink()
+    assert (await app.client.post("/api/models/gone:f16/unload")).status_code == 404
+    status = (await app.client.get("/api/models/gone/status")).json()
+    assert (status["loaded"], status["model"]) == (True, "gone:q8_0")
+    assert (await _post(app, "/api/models/gone/unload"))["status"] == "unloaded"
+    assert "gone:q8_0" not in await _loaded(app)
+    assert (await app.client.post("/api/models/gone/unload")).status_code == 404
+
+
 async def test_load_takes_ollamas_options(app: Running) -> None:
     loaded = await _post(
         app, "/api/models/other:q8_0/load", keep_alive=-1, options={"num_ctx": 512}
