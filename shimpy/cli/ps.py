@@ -106,7 +106,8 @@ def _until(expires_at: str) -> str:
 def _memory(resident: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Yield a row for each device: its buffers there, as they are and as they were predicted.
 
-    What the process takes beside them (a CUDA context, Python) is known to the plan alone.
+    What the process takes beside them (a CUDA context, Python) is known to the plan alone. Parked
+    caches, if there are any, have a row of their own: they leave when the RAM is wanted.
     """
     from shimpy.units import format_bytes
 
@@ -123,6 +124,9 @@ def _memory(resident: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             predicted += ", exact"
         process = f"+ {format_bytes(use['overhead_bytes'])}"
         yield resident["name"], use["name"], *shown, predicted, process
+    if resident["parked_bytes"]:
+        parked = format_bytes(resident["parked_bytes"])
+        yield resident["name"], "RAM", "-", parked, "-", parked, "parked caches", "-"
 
 
 def _waiting(model: dict[str, Any]) -> str:

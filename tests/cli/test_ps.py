@@ -34,6 +34,7 @@ def resident(**changes: Any) -> dict[str, Any]:
         "pinned": False,
         "n_leases": 4,
         "n_waiting": 12,
+        "parked_bytes": 0,
         "expires_at": expires.isoformat(),
         "placement": {
             "mode": "experts-in-ram",
@@ -73,6 +74,16 @@ def test_a_model_over_two_devices_fits_a_terminal(capsys: pytest.CaptureFixture[
     assert gpu.split()[:2] == ["qwen3:30b-a3b-q4_k_m", "CUDA0"]
     assert gpu.endswith("18.5 GiB  18.5 GiB, exact  + 256.0 MiB")
     assert ram.split()[1] == "RAM"
+
+
+def test_parked_caches_have_a_row_once_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, models=[resident(parked_bytes=GIB // 4)])
+    assert max(len(line.rstrip()) for line in lines) <= 100
+    assert len(lines) == 7
+    _, *cells = lines[-1].split()
+    assert " ".join(cells) == "RAM - 256.0 MiB - 256.0 MiB parked caches -"
+    for loading in (None, 0):
+        assert len(printed(capsys, models=[resident(parked_bytes=loading)])) == 6
 
 
 def test_a_model_that_loads_has_predictions_alone(capsys: pytest.CaptureFixture[str]) -> None:
