@@ -77,11 +77,11 @@ def test_a_model_over_two_devices_fits_a_terminal(capsys: pytest.CaptureFixture[
 
 
 def test_parked_caches_have_a_row_once_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = printed(capsys, models=[resident(parked_bytes=GIB // 4)])
+    lines = printed(capsys, models=[resident(parked_bytes=GIB)])
     assert max(len(line.rstrip()) for line in lines) <= 100
     assert len(lines) == 7
     _, *cells = lines[-1].split()
-    assert " ".join(cells) == "RAM - 256.0 MiB - 256.0 MiB parked caches -"
+    assert " ".join(cells) == "RAM - 1.0 GiB - 1.0 GiB parked caches -"
     for loading in (None, 0):
         assert len(printed(capsys, models=[resident(parked_bytes=loading)])) == 6
 
