@@ -76,6 +76,10 @@ class Client:
         """Return the loaded models, those that wait or are held back, and the last to leave."""
         return self._call("GET", "/api/ps")
 
+    def diagnosis(self) -> dict[str, Any]:
+        """Return versions, devices, harmless settings, problems, and what is loaded."""
+        return self._call("GET", "/diag")
+
     def events(self, *, since: str = "", follow: bool = True) -> Iterator[dict[str, Any]]:
         """Yield what is loaded, unloaded and evicted, until the daemon stops.
 

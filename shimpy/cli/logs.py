@@ -73,6 +73,7 @@ def format_line(fields: dict[str, Any]) -> str:
 
 def _lines(n_lines: int, *, follow: bool) -> Iterator[str]:
     from shimpy.cli.autostart import LOG_NAME
+    from shimpy.cli.output import hint
     from shimpy.config import load_config
     from shimpy.errors import NotFoundError
 
@@ -82,12 +83,30 @@ def _lines(n_lines: int, *, follow: bool) -> Iterator[str]:
             return
     config = load_config().config
     path = config.log_file or config.state_dir / LOG_NAME
+    if _logs_elsewhere(path):
+        hint("the daemon that runs logs to where it was started; this is what an earlier one wrote")
     if not path.exists():
         raise NotFoundError(
             f"there is no log: no service is installed, and no daemon was started in the "
             f"background ({path}); a `shimpy serve` in the foreground logs to its terminal"
         )
     yield from _file(path, n_lines, follow=follow)
+
+
+def _logs_elsewhere(path: Path) -> bool:
+    """Whether a daemon runs that does not log to this file, which is there."""
+    from shimpy.client import Client
+    from shimpy.config import client_url
+    from shimpy.errors import ShimpyError
+
+    if not path.exists():
+        return False
+    with Client(client_url()) as client:
+        try:
+            # Older ones do not tell.
+            return client.diagnosis()["config"].get("log_file", str(path)) != str(path)
+        except ShimpyError:
+            return False
 
 
 def _has_unit(scope: list[str]) -> bool:

@@ -199,6 +199,15 @@ def test_events_are_followed_until_the_daemon_stops(tmp_path: Path, chain_model:
             assert events.wait(30) == 0
 
 
+def test_the_log_of_an_earlier_daemon_is_told_as_such(daemon: Daemon) -> None:
+    log = Path(daemon.env["SHIMPY_HOME"], "state", "daemon.log")
+    log.write_text("earlier\n")
+    done = daemon.shimpy("logs")
+    log.unlink()
+    assert done.stdout == "earlier\n"
+    assert "an earlier one wrote" in done.stderr
+
+
 def test_pin_and_unpin(daemon: Daemon) -> None:
     assert daemon.shimpy("stop", "chain").returncode == 0
     assert "stays once it is loaded" in daemon.shimpy("pin", "chain").stderr

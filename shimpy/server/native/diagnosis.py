@@ -42,6 +42,7 @@ _SHOWN_SETTINGS = (
     "max_body",
     "reserve_vram",
     "reserve_ram",
+    "log_file",
     "state_dir",
     "data_dir",
 )
