@@ -104,7 +104,7 @@ def _logs_elsewhere(path: Path) -> bool:
     with Client(client_url()) as client:
         try:
             # Older ones do not tell.
-            return client.diagnosis()["config"].get("log_file", str(path)) != str(path)
+            return bool(client.diagnosis()["config"].get("log_file", str(path)) != str(path))
         except ShimpyError:
             return False
 
