@@ -58,4 +58,7 @@ def pull_missing(client: Client, model: str, error: NotFoundError) -> str:
     try:
         return show_pull(client.pull(model))
     except NotFoundError as missing:
-        raise NotFoundError(f"{error.message}\nit can't be pulled: {missing.message}") from error
+        # Most often the registry and the catalog mean the same name.
+        _, cut, meant = error.message.partition("; ")
+        told = missing.message.replace(cut + meant, ".", 1) if meant else missing.message
+        raise NotFoundError(f"{error.message}\nit can't be pulled: {told}") from error

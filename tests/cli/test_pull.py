@@ -100,6 +100,13 @@ def test_run_of_what_nobody_knows_says_what_both_know(daemon: Daemon) -> None:
     assert 'the catalog has no "nope"' in done.stderr
 
 
+def test_run_of_a_mistyped_name_says_once_what_was_meant(daemon: Daemon) -> None:
+    done = daemon.shimpy("run", "dmeo", "hello")
+    _, there, catalog = done.stderr.splitlines()
+    assert there.endswith('there is no model "dmeo:latest"; did you mean demo?')
+    assert 'the catalog has no "dmeo". `shimpy catalog` lists what it has;' in catalog
+
+
 def test_a_failed_pull_exits_1_with_the_hubs_reason(daemon: Daemon, shared_hub: HubServer) -> None:
     shared_hub.repos["org/Gated-GGUF"].is_gated = True
     done = daemon.shimpy("pull", "hf.co/org/Gated-GGUF")
