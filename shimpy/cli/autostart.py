@@ -47,8 +47,15 @@ def _start_daemon(bind: str) -> None:
     # Nobody asked for a daemon, and nobody would end it.
     idle = ["--idle-exit", _IDLE_EXIT] if loaded.origins["idle_exit"] == "default" else []
     log = config.log_file or config.state_dir / LOG_NAME
-    log.parent.mkdir(parents=True, exist_ok=True)
-    n_before = log.stat().st_size if log.exists() else 0
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+    except OSError as error:
+        raise DaemonError(
+            f"no daemon answers at {bind}, and a new one can't log to {log}: {error.strerror}; "
+            "SHIMPY_HOME names another folder for all that it writes"
+        ) from error
+    n_before = log.stat().st_size
     with (
         tempfile.TemporaryDirectory(prefix="shimpy-") as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
@@ -75,20 +82,28 @@ def _start_daemon(bind: str) -> None:
             stderr=output,
             start_new_session=True,
         )
-        _wait_ready(process, ready, log, n_before)
+        said = _wait_ready(process, ready, log, n_before)
+    if said is not None:
+        raise DaemonError(
+            f"no daemon answers at {bind}, which SHIMPY_HOST changes, and a new one did not start "
+            f"(log {log}):\n{said}"
+        )
     hint(f"started a daemon in the background (pid {process.pid}, log {log})")
 
 
 def _wait_ready(
     process: subprocess.Popen[bytes], ready: socket.socket, log: Path, n_before: int
-) -> None:
-    """Return once the daemon is ready; `n_before` bytes of its log are of earlier ones."""
+) -> str | None:
+    """Return once the daemon is ready, or what it said before it ended.
+
+    `n_before` bytes of its log are of earlier ones.
+    """
     # Short receives, so that a daemon that dies at once is noticed at once.
     ready.settimeout(0.1)
     for _ in range(int(_START_TIMEOUT_S / 0.1)):
         try:
             if b"READY=1" in ready.recv(4096):
-                return
+                return None
         except TimeoutError:
             if process.poll() is not None:
                 break
@@ -97,7 +112,4 @@ def _wait_ready(
     lines = log.read_bytes()[n_before:].decode(errors="replace").splitlines()
     # What a command that fails says at last; else whatever is there.
     said = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)] or lines
-    told = "\n".join(said[-5:])
-    raise DaemonError(
-        f"no daemon answers at SHIMPY_HOST, and a new one did not start (log {log}):\n{told}"
-    )
+    return "\n".join(said[-5:])

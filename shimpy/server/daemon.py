@@ -27,6 +27,7 @@ from shimpy.keys import KEYS_NAME, KeyFile
 from shimpy.logs import get_logger
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.probe import probe_hardware
+from shimpy.registry import disk
 from shimpy.registry.catalog import FILE_NAME as CATALOG_NAME
 from shimpy.registry.catalog import CatalogFile
 from shimpy.registry.own import BuiltIn, StoreModels
@@ -78,12 +79,18 @@ async def serve(
     Raises:
         UserError: the address can't be listened on, or not without a key; says why.
         StoreLockedError: another daemon owns the store.
+        RegistryError: a folder of the daemon's own can't be made or written.
     """
-    await asyncio.to_thread(config.state_dir.mkdir, parents=True, exist_ok=True)
+    await asyncio.to_thread(_make_folder, config.state_dir)
     with await asyncio.to_thread(Store, config.data_dir / "store") as store:
         await asyncio.to_thread(_tidy, store)
         await _serve(config, store, announce, load)
     _log.info("stopped")
+
+
+def _make_folder(folder: Path) -> None:
+    with disk.explained(folder):
+        disk.make_folder(folder)
 
 
 def _tidy(store: Store) -> None:

@@ -259,6 +259,23 @@ def test_run_starts_a_daemon_where_none_answers(
         daemon.wait(30)
 
 
+@pytest.mark.parametrize("args", [("list",), ("serve", "--bind", "127.0.0.1:0")], ids=str)
+def test_a_home_that_cannot_be_written_is_named(
+    tmp_path: Path, args: tuple[str, ...], unused_tcp_port: int
+) -> None:
+    home = tmp_path / "file" / "home"
+    home.parent.write_text("no folder")
+    env = {
+        **os.environ,
+        "SHIMPY_HOME": str(home),
+        "SHIMPY_HOST": f"127.0.0.1:{unused_tcp_port}",
+    }
+    done = shimpy(*args, env=env)
+    assert done.returncode == 1
+    assert str(home / "state") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     path = tmp_path / "file" / "log"
     path.parent.write_text("no folder")
