@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from shimpy.errors import DaemonError, UnreachableError
 
 # In the state folder, unless the config names a log file.
 LOG_NAME = "daemon.log"
+_LOCK_NAME = "start.lock"
 _START_TIMEOUT_S = 30.0
 _IDLE_EXIT = "30m"
 _ERROR = "Error: "
@@ -37,11 +39,12 @@ def connect() -> Client:
         address = urlsplit(client.url)
         if address.hostname not in _LOOPBACK or address.scheme != "http":
             raise
-        _start_daemon(f"{address.hostname}:{address.port}")
+        host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
+        _start_daemon(client, f"{host}:{address.port}")
     return client
 
 
-def _start_daemon(bind: str) -> None:
+def _start_daemon(client: Client, bind: str) -> None:
     loaded = load_config()
     config = loaded.config
     # Nobody asked for a daemon, and nobody would end it.
@@ -50,11 +53,22 @@ def _start_daemon(bind: str) -> None:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
+        lock = log.with_name(_LOCK_NAME).open("w")
     except OSError as error:
         raise DaemonError(
             f"no daemon answers at {bind}, and a new one can't log to {log}: {error.strerror}; "
             "SHIMPY_HOME names another folder for all that it writes"
         ) from error
+    with lock:
+        # Several commands at once start one daemon: the others wait until it is ready.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            client.version()
+        except UnreachableError:
+            _start_alone(bind, log, idle)
+
+
+def _start_alone(bind: str, log: Path, flags: list[str]) -> None:
     n_before = log.stat().st_size
     with (
         tempfile.TemporaryDirectory(prefix="shimpy-") as folder,
@@ -74,7 +88,7 @@ def _start_daemon(bind: str) -> None:
                 bind,
                 "--log-file",
                 str(log),
-                *idle,
+                *flags,
             ],
             env={**os.environ, "NOTIFY_SOCKET": str(path)},
             stdin=subprocess.DEVNULL,

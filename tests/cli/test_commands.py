@@ -183,7 +183,7 @@ def test_events_are_told_with_their_reasons(daemon: Daemon) -> None:
     assert lines[-1].split()[1:3] == ["unload", "chain:latest"]
     told = daemon.shimpy("events", "--json", "--no-follow", "--since", "0").stdout.splitlines()
     assert [json.loads(line)["kind"] for line in told][-1] == "unload"
-    assert daemon.shimpy("events", "--no-follow", "--since", "now").returncode == 1
+    assert daemon.shimpy("events", "--no-follow", "--since", "now").returncode == 2
     assert daemon.shimpy("events", "nope", "--no-follow").stdout == ""
 
 
@@ -284,6 +284,23 @@ def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"log_file: can't write {path}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_commands_at_once_start_one_daemon(tmp_path: Path, unused_tcp_port: int) -> None:
+    env = {
+        **os.environ,
+        "SHIMPY_HOME": str(tmp_path),
+        "SHIMPY_HOST": f"127.0.0.1:{unused_tcp_port}",
+    }
+    command = [sys.executable, "-m", "shimpy", "list"]
+    both = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=60)[1] for process in both]
+    daemons = [psutil.Process(int(pid)) for pid in re.findall(r"\(pid (\d+),", "".join(told))]
+    for daemon in daemons:
+        daemon.terminate()
+        daemon.wait(30)
+    assert [process.returncode for process in both] == [0, 0], told
+    assert len(daemons) == 1
 
 
 def test_a_daemon_that_cannot_start_says_why(tmp_path: Path, unused_tcp_port: int) -> None:
