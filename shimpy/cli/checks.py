@@ -87,8 +87,11 @@ def check_writable(folder: Path, user: str) -> Finding:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".tmp-{secrets.token_hex(4)}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            # On a full disk it is there, and empty.
+            probe.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
         remedy = (
