@@ -11,6 +11,14 @@ import click
 
 from shimpy.cli.output import hint
 
+# For the system's systemd, and for one's own.
+_NOT_RUNNING = {
+    False: "systemd does not run here: start `shimpy serve` by what starts services on this "
+    "machine, or let --no-start put the files in place for later",
+    True: "your own systemd does not run here: log in as yourself, not through su or sudo, or let "
+    "--no-start put the files in place for later",
+}
+
 _user_option = click.option(
     "--user", "for_user", is_flag=True, help="Under your own systemd, with your own models."
 )
@@ -32,8 +40,12 @@ def install(*, for_user: bool, socket: bool, no_start: bool) -> None:
 
     if socket and for_user:
         raise UserError("there is a socket unit for the system's service only")
+    places = _places(for_user=for_user)
+    runs = _systemd_runs(for_user=for_user)
+    if not runs and not no_start:
+        raise UserError(_NOT_RUNNING[for_user])
     program = find_program()
-    for name, path in _places(for_user=for_user).items():
+    for name, path in places.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(read_unit(name, program), encoding="utf-8")
         hint(f"wrote {path}")
@@ -41,7 +53,8 @@ def install(*, for_user: bool, socket: bool, no_start: bool) -> None:
         _call("systemd-sysusers", "/etc/sysusers.d/shimpy.conf")
         _call("systemd-tmpfiles", "--create", "/etc/tmpfiles.d/shimpy.conf")
         _warn_of_home(program)
-    _systemctl("daemon-reload", for_user=for_user)
+    if runs:
+        _systemctl("daemon-reload", for_user=for_user)
     if no_start:
         return
     unit = "shimpy.socket" if socket else "shimpy.service"
@@ -55,12 +68,15 @@ def uninstall(*, for_user: bool) -> None:
     """Stop the service and remove its units; models and settings stay."""
     places = _places(for_user=for_user)
     units = [path.name for path in places.values() if path.suffix in {".service", ".socket"}]
-    _systemctl("disable", "--now", *units, for_user=for_user, check=False)
+    runs = _systemd_runs(for_user=for_user)
+    if runs:
+        _systemctl("disable", "--now", *units, for_user=for_user, check=False)
     for path in places.values():
         if path.exists():
             path.unlink()
             hint(f"removed {path}")
-    _systemctl("daemon-reload", for_user=for_user)
+    if runs:
+        _systemctl("daemon-reload", for_user=for_user)
     if not for_user:
         hint("kept: /var/lib/shimpy (models, keys), /etc/shimpy (settings), and the user shimpy")
 
@@ -73,6 +89,14 @@ def status(*, for_user: bool) -> None:
     done = _run("systemctl", *arguments, "--no-pager", "--lines=5", "status", "shimpy.service")
     if done.returncode:
         raise SystemExit(done.returncode)
+
+
+def _systemd_runs(*, for_user: bool) -> bool:
+    """Whether there is a systemd to start services; in containers and images there is none."""
+    scope = ["--user"] if for_user else []
+    done = _run("systemctl", *scope, "is-system-running", capture_output=True)
+    # A machine on which something failed is "degraded", with a status, too.
+    return done.returncode == 0 or done.stdout.strip() not in {b"", b"offline"}
 
 
 def _places(*, for_user: bool) -> Mapping[str, Path]:
@@ -111,10 +135,10 @@ def _call(*argv: str, check: bool = True) -> None:
         raise ShimpyError(f"`{' '.join(argv)}` ended with status {done.returncode}")
 
 
-def _run(*argv: str) -> subprocess.CompletedProcess[bytes]:
+def _run(*argv: str, capture_output: bool = False) -> subprocess.CompletedProcess[bytes]:
     from shimpy.errors import UserError
 
     try:
-        return subprocess.run(argv, check=False)  # noqa: S603 - systemd's own tools
+        return subprocess.run(argv, check=False, capture_output=capture_output)  # noqa: S603 - systemd's own tools
     except FileNotFoundError:
         raise UserError(f"there is no {argv[0]} here: this machine does not run systemd") from None

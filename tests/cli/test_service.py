@@ -45,6 +45,7 @@ def test_install_writes_every_unit_and_starts_the_service(calls: Path, tmp_path:
     for path in SYSTEM.values():
         assert (tmp_path / "root" / path.relative_to("/")).is_file()
     assert calls.read_text().splitlines() == [
+        "systemctl is-system-running",
         "systemd-sysusers /etc/sysusers.d/shimpy.conf",
         "systemd-tmpfiles --create /etc/tmpfiles.d/shimpy.conf",
         "systemctl daemon-reload",
@@ -57,6 +58,7 @@ def test_install_for_a_user_touches_nothing_of_the_system(calls: Path, tmp_path:
     assert (tmp_path / "home/.config/systemd/user/shimpy.service").is_file()
     assert not (tmp_path / "root").exists()
     assert calls.read_text().splitlines() == [
+        "systemctl --user is-system-running",
         "systemctl --user daemon-reload",
         "systemctl --user enable --now shimpy.service",
     ]
@@ -72,6 +74,23 @@ def test_uninstall_removes_what_install_wrote(calls: Path, tmp_path: Path) -> No
     service("uninstall")
     assert not [path for path in (tmp_path / "root").rglob("*") if path.is_file()]
     assert "systemctl disable --now shimpy.service shimpy.socket" in calls.read_text()
+
+
+@pytest.mark.parametrize("flags", [(), ("--user",)], ids=str)
+def test_where_systemd_does_not_run_only_files_are_put_in_place(
+    calls: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    """In an image that is built, or a container."""
+    systemctl = tmp_path / "bin" / "systemctl"
+    systemctl.write_text(systemctl.read_text() + "echo offline\nexit 1\n")
+    with pytest.raises(UserError, match="systemd does not run here"):
+        service("install", *flags)
+    assert not [*tmp_path.rglob("shimpy.service")]
+    service("install", "--no-start", *flags)
+    assert [*tmp_path.rglob("shimpy.service")]
+    service("uninstall", *flags)
+    assert not [*tmp_path.rglob("shimpy.service")]
+    assert "daemon-reload" not in calls.read_text()
 
 
 def test_the_system_s_service_is_root_s(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
