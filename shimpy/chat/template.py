@@ -44,7 +44,7 @@ class ChatTemplate:
         # The name of the fallback that is used; "": the model's own template.
         self.family = family
         self.stop = stop
-        # Why the model's own template can't be used; "": it can, or it has none.
+        # Why another template, that should be used, can't be; "": there is none.
         self.problem = problem
         self._compiled = compiled
         self._control = control

@@ -78,6 +78,8 @@ def print_sections(shown: dict[str, Any]) -> None:
     _print_section("Parameters", [(name, " ".join(rest)) for name, *rest in map(_words, lines)])
     settings = shown.get("settings") or {}
     _print_section("Settings", [(k, v) for k, v in settings.items() if k != "aliases"])
+    problem = shown.get("template_problem")
+    _print_section("Template", [("not used: " + problem, "")] if problem else [])
     _print_section("Aliases", [(alias, "") for alias in shown.get("aliases") or ()])
     _print_section("System", [(line, "") for line in (shown.get("system") or "").splitlines()])
     license_lines = (shown.get("license") or "").splitlines()[:2]

@@ -7,7 +7,6 @@ milliseconds each), then kept for the models that were used last.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,10 @@ from shimpy.chat.vocabulary import FIM_ORDER_KEY, control_tokens, fim_order, fim
 from shimpy.errors import GgufError, UserError
 from shimpy.gguf.header import Header
 from shimpy.gguf.reader import read_files
+from shimpy.logs import get_logger
 from shimpy.registry.model import Model
+
+_log = get_logger("registry")
 
 # A card is some hundred kilobytes; more models than this are rarely used in turn.
 MAX_CARDS = 32
@@ -72,6 +74,8 @@ class ModelCards:
         card = self._cards.get(key)
         if card is None:
             card = await asyncio.to_thread(make_card, model)
+            if card.template.problem:
+                _log.warning("template_unused", model=str(model.name), reason=card.template.problem)
             self._cards[key] = card
             while len(self._cards) > self._limit:
                 self._cards.popitem(last=False)
@@ -105,9 +109,11 @@ def make_card(model: Model) -> ModelCard:
         rank_prompt=header.get_str("tokenizer.chat_template.rerank", ""),
     )
     if model.settings.template:
-        # One that came with the model from elsewhere may be beyond us; the file's own is not.
-        with contextlib.suppress(UserError):
+        try:
             return replace(card, template=card.compile_template(model.settings.template))
+        except UserError as error:
+            # One that came with the model from elsewhere may be beyond us; the file's own is not.
+            template.problem = error.message
     return card
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from shimpy.errors import UserError
 from shimpy.names import parse_model_name
 from shimpy.registry.model import Model
+from shimpy.registry.settings import ModelSettings
 from shimpy.server.cards import ModelCards, make_card
+from tests.synthetic import write_chain
 
 
 def _model(path: Path, digest: str = "d") -> Model:
@@ -42,6 +45,17 @@ def test_a_template_of_a_request_is_compiled_or_refused(chain_model: Path) -> No
     assert card.compile_template(source).source == source
     with pytest.raises(UserError, match="template"):
         card.compile_template("{% for")
+
+
+def test_why_a_template_is_not_used_is_known(tmp_path: Path, chain_model: Path) -> None:
+    broken = make_card(_model(write_chain(tmp_path / "broken.gguf", chat_template="{% for")))
+    assert (broken.template.family, bool(broken.template.problem)) == ("chatml", True)
+    ours = make_card(_model(chain_model))
+    assert ours.template.problem == ""
+    settings = ModelSettings(template="{{ .Nope }}")
+    theirs = make_card(replace(_model(chain_model), settings=settings))
+    assert theirs.template.source == ours.template.source
+    assert ".Nope" in theirs.template.problem
 
 
 async def test_cards_are_kept_for_the_models_used_last(chain_model: Path) -> None:

@@ -184,6 +184,7 @@ async def test_a_model_made_from_another_shares_its_file_and_has_its_own_setting
     assert shown["license"] == "MIT"
     assert shown["messages"] == [{"role": "user", "content": "Ahoy"}]
     assert shown["template"] == "{{ .System }}|{{ .Prompt }}|"
+    assert 'TEMPLATE """{{ .System }}|{{ .Prompt }}|"""' in shown["modelfile"]
     assert shown["details"]["parent_model"] == "chain:latest"
     assert dict(line.split() for line in shown["parameters"].splitlines()) == {
         "num_predict": "3", "stop": '"x"', "temperature": "0",

@@ -168,7 +168,8 @@ async def show(request: web.Request) -> web.Response:
             "license": model.settings.license or str(header.metadata.get("general.license", "")),
             "modelfile": listing.modelfile(model),
             **listing.shown_settings(model),
-            "template": listing.shown_template(model),
+            "template": listing.shown_template(model, card.template),
+            "template_problem": card.template.problem,
             "details": {
                 **listing.details(model),
                 "parent_model": listing.parent_of(services.store.manifest(model.name)),
