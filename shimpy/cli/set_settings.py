@@ -77,13 +77,22 @@ def _lines(settings: dict[str, Any]) -> list[tuple[str, str]]:
         items = value if isinstance(value, list) else [value]
         lines += [(key, _typed(item)) for item in items]
     for key, value in settings.items():
-        name = {"keep_alive_s": "keep_alive"}.get(key, key)
+        name = key.removesuffix("_s")
         shown = ",".join(value) if key == "aliases" else _typed(value)
-        lines.append((name, shown))
+        lines.append((name, typed_seconds(value) if name == "keep_alive" else shown))
     return lines
+
+
+def typed_seconds(seconds: float) -> str:
+    """Return a keep_alive as it would be typed."""
+    from shimpy.units import format_duration
+
+    return "-1" if seconds < 0 else format_duration(seconds)
 
 
 def _typed(value: Any) -> str:
     import json
 
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

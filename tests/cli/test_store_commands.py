@@ -117,7 +117,7 @@ def test_settings_are_set_shown_and_taken_back(daemon: Daemon, tmp_path: Path) -
         "notes": "12",
     }
     table = dict(line.split(None, 1) for line in done.stdout.splitlines() if " " in line)
-    assert (table["num_ctx"], table["cpu_moe"], table["keep_alive"]) == ("512", "on", "600.0")
+    assert (table["num_ctx"], table["cpu_moe"], table["keep_alive"]) == ("512", "on", "10m0s")
     undone = daemon.shimpy(
         "set", "chain", "--unset", "n_ctx", "--unset", "stop", "--unset", "system",
         "--unset", "cpu_moe", "--unset", "keep_alive", "--unset", "temperature", "--unset", "notes",
