@@ -19,7 +19,15 @@ from urllib.parse import quote, urlencode
 import httpx
 
 from shimpy.config import client_key
-from shimpy.errors import DaemonError, NotFoundError, UnreachableError
+from shimpy.errors import (
+    ERROR_CODE_HEADER,
+    DaemonError,
+    InvalidNameError,
+    InvalidOptionError,
+    NotFoundError,
+    ShimpyError,
+    UnreachableError,
+)
 from shimpy.values import UNIX
 
 # A model may take minutes to load before the first byte; connecting to a daemon does not.
@@ -27,6 +35,8 @@ _TIMEOUT = httpx.Timeout(None, connect=5.0)
 _HTTP_OK = 200
 _HTTP_ERROR = 400
 _HTTP_NOT_FOUND = 404
+# The caller's own mistakes, which are the same ones whoever finds them.
+_MISTAKES = {kind.code: kind for kind in (InvalidNameError, InvalidOptionError)}
 
 
 class Client:
@@ -175,7 +185,7 @@ class Client:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         if response.status_code >= _HTTP_ERROR:
-            raise _error_of(self.url, response.status_code, response.content)
+            raise _error_of(self.url, response)
 
     def collect_garbage(
         self, *, everything: bool = False, prefixes: bool = False
@@ -202,7 +212,7 @@ class Client:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         if response.status_code >= _HTTP_ERROR:
-            raise _error_of(self.url, response.status_code, response.content)
+            raise _error_of(self.url, response)
         answer: dict[str, Any] = response.json() if response.content else {}
         return answer
 
@@ -219,7 +229,8 @@ class Client:
         try:
             with self._http.stream(method, path, json=body) as response:
                 if response.status_code >= _HTTP_ERROR:
-                    raise _error_of(self.url, response.status_code, response.read())
+                    response.read()
+                    raise _error_of(self.url, response)
                 yield from response.iter_lines()
         except httpx.ConnectError as error:
             raise self._unreachable(error) from error
@@ -236,12 +247,12 @@ class Client:
         )
 
 
-def _error_of(url: str, status: int, body: bytes) -> DaemonError | NotFoundError:
+def _error_of(url: str, response: httpx.Response) -> ShimpyError:
+    status = response.status_code
     try:
-        answer = json.loads(body)
-        message = str(answer["error"])
+        message = str(response.json()["error"])
     except (ValueError, KeyError, TypeError):
-        text = " ".join(body[:200].decode(errors="replace").split())
+        text = " ".join(response.content[:200].decode(errors="replace").split())
         return DaemonError(
             f"what answers at {url} is no shimpy daemon of this version: status {status}"
             + (f", {text!r}" if text else "")
@@ -250,4 +261,7 @@ def _error_of(url: str, status: int, body: bytes) -> DaemonError | NotFoundError
         )
     if status == _HTTP_NOT_FOUND:
         return NotFoundError(message)
+    mistake = _MISTAKES.get(response.headers.get(ERROR_CODE_HEADER, ""))
+    if mistake is not None:
+        return mistake(message)
     return DaemonError(message, status=status)

@@ -32,7 +32,10 @@ HTTP statuses are decided in server/errors.py, exit codes in cli/errors.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Final
+
+# In the daemon's answer to a mistake of the caller's own: the error's code.
+ERROR_CODE_HEADER: Final = "X-Error-Code"
 
 
 class ShimpyError(Exception):

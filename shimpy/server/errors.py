@@ -25,10 +25,13 @@ from typing import Any
 import msgspec
 
 from shimpy.errors import (
+    ERROR_CODE_HEADER,
     CapacityError,
     ContextExceededError,
     DoesNotFitError,
     HeldBackError,
+    InvalidNameError,
+    InvalidOptionError,
     LoadError,
     NotFoundError,
     OfflineError,
@@ -136,6 +139,9 @@ def headers_of(error: ShimpyError) -> dict[str, str]:
     if isinstance(error, DoesNotFitError | LoadError):
         # OpenAI's and Anthropic's SDKs would ask again at any 5xx, and load again.
         return {"X-Should-Retry": "false"}
+    if isinstance(error, InvalidNameError | InvalidOptionError):
+        # Ollama's form has no place for it, and a mistake is told apart from a failure by it.
+        return {ERROR_CODE_HEADER: error.code}
     return {}
 
 

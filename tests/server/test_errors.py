@@ -10,6 +10,8 @@ from shimpy.errors import (
     ContextExceededError,
     DoesNotFitError,
     HeldBackError,
+    InvalidNameError,
+    InvalidOptionError,
     LoadError,
     NotFoundError,
     QueueFullError,
@@ -66,3 +68,10 @@ def test_clients_are_told_whether_to_ask_again() -> None:
     assert headers_of(DoesNotFitError("x")) == {"X-Should-Retry": "false"}
     assert headers_of(LoadError("x")) == {"X-Should-Retry": "false"}
     assert headers_of(WorkerDiedError("x")) == {}
+
+
+def test_mistakes_are_told_apart_from_failures() -> None:
+    """Ollama's form of an error has no place for it."""
+    assert headers_of(InvalidOptionError("x")) == {"X-Error-Code": "invalid_option"}
+    assert headers_of(InvalidNameError("x")) == {"X-Error-Code": "invalid_name"}
+    assert headers_of(UnsupportedError("x")) == {}
