@@ -230,12 +230,11 @@ class Batcher:
         )
 
     def next_copy(self) -> Park | None:
-        """Return what to copy to RAM while nothing runs; None: there is nothing, or none may be.
+        """Return what to copy to RAM where `may_copy`; None: nothing that has to be, or may be.
 
         What would have to be cut for it stays whole, for whoever goes on from its end.
         """
-        if self._parking is None or not self.may_copy:
-            return None
+        assert self._parking is not None, "nothing may be copied"
         self._parking.on_quiet()
         return self._choose_copy(self._slots.unsettled(), may_cut=False)
 

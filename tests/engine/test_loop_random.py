@@ -152,12 +152,23 @@ def test_failures_of_llama_cpp_hit_only_the_requests_they_touch(
 ) -> None:
     """Decodes that raise and removals that are refused: the others' text is still right."""
     work = Workload(seed)
-    backend = FakeBackend(**work.shape)
+    play_failing(work, FakeBackend(**work.shape), failing, refused)
+
+
+def play_failing(
+    work: Workload,
+    backend: FakeBackend,
+    failing: set[int],
+    refused: set[int],
+    parked_bytes: int = 0,
+) -> Rig:
+    """Play with these decodes and removals failing, and compare what did not fail by that."""
     backend.failing_decodes = failing
     backend.refused_removals = refused
-    rig = Rig(backend)
+    rig = Rig(backend, parked_bytes=parked_bytes)
     work.play(rig)
     check_all(rig, work, *(["llama.cpp refused the batch"] if failing else []))
+    return rig
 
 
 @settings(max_examples=60, deadline=None)
@@ -250,15 +261,10 @@ def test_failures_beside_copies_hit_only_the_requests_they_touch(
     """Also copies that can't be made, and such as are not taken again."""
     work = Workload(seed)
     backend = FakeBackend(**work.shape)
-    backend.failing_decodes = failing
-    backend.refused_removals = refused
     backend.fails_to_save = seed % 3 == 1
     backend.fails_to_load = seed % 3 == 2
     with mock.patch.multiple(prefixes, MIN_PARKED=6, MIN_PARKED_GAIN=2):
-        rig = Rig(backend, parked_bytes=1 << 20)
-        work.play(rig)
-        check_all(rig, work, *(["llama.cpp refused the batch"] if failing else []))
-        rig.parked.close()
+        play_failing(work, backend, failing, refused, parked_bytes=1 << 20).parked.close()
 
 
 @pytest.mark.parametrize("parked_bytes", [0, 1 << 20], ids=["kept", "parked"])

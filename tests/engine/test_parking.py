@@ -33,7 +33,7 @@ class Parker(Bench):
         return work
 
     def rest(self) -> None:
-        while (park := self.batcher.next_copy()) is not None:
+        while self.batcher.may_copy and (park := self.batcher.next_copy()) is not None:
             self.carry_out(park)
 
     def carry_out(self, work: Park | Restore | None) -> None:
