@@ -241,6 +241,11 @@ class Client:
             ) from error
 
     def _unreachable(self, error: Exception) -> UnreachableError:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return UnreachableError(
+                f"the certificate of {self.url} is not trusted here ({error}); SSL_CERT_FILE may "
+                "name it, or that of who signed it"
+            )
         return UnreachableError(
             f"no shimpy daemon answers at {self.url} ({error}); "
             "start one with `shimpy serve`, or set SHIMPY_HOST to where it runs"

@@ -78,6 +78,12 @@ class Gate:
             return key
         if key is None and uid is None and not self._demands_key():
             return None
+        if key is None and _tokens(request):
+            raise UnauthorizedError(
+                "the API key that was sent is none of this daemon's: it was revoked, or is "
+                "another's; `shimpy keys list` names those that there are, `shimpy keys create` "
+                "makes one"
+            )
         if key is None:
             raise UnauthorizedError(
                 "this needs an API key: send it as `Authorization: Bearer KEY` or `x-api-key`, "

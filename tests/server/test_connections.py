@@ -243,7 +243,7 @@ def test_the_daemon_over_tls(tmp_path: Path) -> None:
     flags = ("--tls-cert", str(cert), "--tls-key", str(key))
     with running_daemon(tmp_path, tmp_path / "models", *flags) as daemon:
         assert daemon.url.startswith("https://127.0.0.1:")
-        assert daemon.shimpy("list").returncode == 1
+        assert "SSL_CERT_FILE" in daemon.shimpy("list").stderr
         daemon.env["SSL_CERT_FILE"] = str(cert)
         done = daemon.shimpy("list")
         assert done.returncode == 0, done.stderr

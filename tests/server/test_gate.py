@@ -46,6 +46,8 @@ async def test_the_first_key_shuts_everybody_else_out(app: Running) -> None:
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
         assert "shimpy keys create" in answer.json()["error"]
+        was_sent = "Bearer" in headers.get("authorization", "")
+        assert ("was sent" in answer.json()["error"]) == was_sent
     for headers in (
         {"authorization": f"Bearer {token}"},
         {"authorization": f"bearer  {token}"},
