@@ -129,6 +129,11 @@ class Catalog:
         """Whether there is an entry of that name, be it one that can't be pulled."""
         return self._find(wanted) is not None
 
+    def has(self, wanted: ModelName) -> bool:
+        """Whether there is an entry of that name that can be pulled."""
+        match = self._find(wanted)
+        return match is not None and not match.entry.unavailable and not match.entry.builtin
+
     def _find(self, wanted: ModelName) -> CatalogMatch | None:
         if wanted in self._aliases:
             name = self._aliases[wanted]

@@ -258,7 +258,11 @@ async def find_model(services: Services, name: str, record: Record) -> Model:
         model = await services.registry.resolve(name)
     except NotFoundError as error:
         # The words that Ollama's clients look for.
-        raise NotFoundError(f"model '{name}' not found: {error.message}") from error
+        told = f"model '{name}' not found: {error.message}"
+        catalog = await asyncio.to_thread(services.catalog.current)
+        if catalog.has(parse_model_name(name)):
+            told += f"; `shimpy pull {name}` brings it"
+        raise NotFoundError(told) from error
     record.model = str(model.name)
     return model
 

@@ -434,6 +434,7 @@ async def test_copilot_sees_the_name_that_it_asked_for(app: Running) -> None:
         ({"model": "../x", "prompt": "x"}, 400, "invalid model name"),
         ({"model": "nix", "prompt": "x"}, 404, "model 'nix' not found"),
         ({"model": "nix", "prompt": "x", "stream": True}, 404, "model 'nix' not found"),
+        ({"model": "qwen3:8b", "prompt": "x"}, 404, "`shimpy pull qwen3:8b` brings it"),
         ({"model": "broken", "prompt": "x"}, 422, "web page"),
         ({"model": "bert", "prompt": "x"}, 400, '"bert:latest" does not support generate'),
         ({"model": "chain", "prompt": "x", "think": True}, 400, "does not support thinking"),
