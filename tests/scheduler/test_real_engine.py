@@ -30,7 +30,8 @@ from shimpy.scheduler.simulations import Simulations
 from tests.scheduler.support import make_hardware
 from tests.synthetic import CHAIN_TEXT
 
-SMALL = PlanOptions(n_ctx=512, n_slots=2)
+# In an F16 cache what other streams are computed beside could change a token (engine/test_worker).
+SMALL = PlanOptions(n_ctx=512, n_slots=2, kv_type="f32")
 GREEDY = Sampling(temperature=0.0)
 SUBMIT = Submit(request=0, prompt=[Text("Say it.")], sampling=GREEDY, n_predict=64)
 ENDLESS = Submit(request=0, prompt=[Text("Say it.")], sampling=Sampling(seed=1), n_predict=400)
