@@ -100,8 +100,8 @@ class Batcher:
         self._is_read = True
         # The head of the queue did not fit; nothing has left since.
         self._is_blocked = False
-        # Streams get a batch between two of them.
-        self._may_restore = True
+        # Streams get a batch between two of each.
+        self._may_restore = self._may_copy = True
 
     @property
     def n_running(self) -> int:
@@ -149,7 +149,7 @@ class Batcher:
         if batch.n_prefill and was_read and self._is_read:
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
         if self._parking is not None:
-            self._parking.on_batch(elapsed_s)
+            self._parking.on_batch(elapsed_s, batch.n_prefill)
 
     def on_token(self, sequence: Sequence, token: int) -> bool:
         """Append a sampled token; return whether the sequence may go on after it."""
@@ -244,31 +244,35 @@ class Batcher:
             return None
         emptied = self._slots.next_emptied(match, for_restore=for_restore)
         caches = [cache for cache in self._slots.unsettled() if cache.slot == emptied]
-        if not self._parking.is_due:
+        if not self._is_copy_due():
             caches = [without_strewn(cache) for cache in caches]
         return self._choose_copy(caches, may_cut=True)
 
     def _copy_beside(self) -> Park | None:
         """Return what to copy to RAM before the next batch."""
-        if self._parking is None or not self._slots.is_unsettled or not self._parking.is_due:
+        if self._parking is None or not self._slots.is_unsettled:
             return None
-        if not self._running and not self._waiting:
+        if not (self._running or self._waiting) or not self._is_copy_due():
             return None
-        if self._delays_first_token():
+        if not self._may_copy and any(one.n_generated for one in self._running):
             return None
+        self._may_copy = False
         return self._choose_copy(self._slots.unsettled(but=self._wanted()), may_cut=True)
 
-    def _delays_first_token(self) -> bool:
-        """Whether a copy would keep somebody waiting for a first token, and not make it sooner.
+    def _is_copy_due(self) -> bool:
+        """Whether what runs and waits can bear that a cache is copied now.
 
-        So it is where idle caches lie in cells that its prompt attends to in any case.
+        Not where somebody would only wait longer for a first token: where idle caches lie in
+        cells that the prompts attend to in any case.
         """
-        waiting = list(islice(self._waiting, self._slots.n))
-        if not waiting and all(one.n_generated for one in self._running):
-            return False
+        assert self._parking is not None
         n_busy = self._slots.n_cells_busy()
-        n_attended = n_busy + sum(one.n_pending for one in [*self._running, *waiting])
-        return self._slots.cells.n_used - n_busy <= -n_attended % ATTENDED_CELLS
+        n_idle = self._slots.cells.n_used - n_busy
+        n_prefill = sum(one.n_pending for one in self._running if not one.n_generated)
+        n_prefill += sum(len(one.tokens) for one in islice(self._waiting, self._slots.n))
+        if n_prefill and n_idle <= -(n_busy + n_prefill) % ATTENDED_CELLS:
+            return False
+        return self._parking.is_due(n_prefill, n_idle)
 
     def _choose_copy(self, caches: list[IdleCache], *, may_cut: bool) -> Park | None:
         for cache in caches:
@@ -432,7 +436,7 @@ class Batcher:
     def _compose(
         self, generating: list[Sequence], prefilling: list[Sequence], n_prefill: int
     ) -> Batch:
-        self._may_restore = True
+        self._may_restore = self._may_copy = True
         chunks = [_chunk(sequence, 1) for sequence in generating]
         sequences = [*generating]
         for sequence, n in _share_out(prefilling, n_prefill):

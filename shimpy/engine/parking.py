@@ -11,8 +11,9 @@ generated side by side: their values lie transposed, two bytes apart from each o
 1. Nothing runs for QUIET_S: one cache after the other is copied, and stays where it is, so that
    whoever goes on from it finds it there.
 2. Something runs or waits, and a cache was not copied yet: it is copied now, unless earlier
-   copies took more than SHARE of the time since, or a first token is waited for and its cells
-   fill up what that prompt attends to anyway (llama.cpp rounds that up). It stays until then.
+   copies took more than SHARE of the time since and more than it saves the prompts to come, or
+   a first token is waited for and its cells fill up what that prompt attends to anyway
+   (llama.cpp rounds that up). It stays until then.
 3. Its slot is wanted: it is copied in any case, but in the latter case without an answer that is
    strewn.
 4. A cache of a few tokens, or one that is parked or on disk already, is dropped without one.
@@ -29,6 +30,11 @@ from shimpy.engine.sequence import IdleCache
 QUIET_S: Final = 0.02
 # Of the time of what runs, the most that copies beside it take.
 SHARE: Final = 0.04
+# Of a prompt's time, what each idle cell adds at the least: 0.0008 with a 200M model. With larger
+# ones it is less, but there a copy takes still less of the time.
+_SLOWED: Final = 0.00025
+# Shorter batches tell less of what a prompt's token takes.
+_TELLING: Final = 48
 # So many pieces are no matter.
 _FEW_STREWN: Final = 16
 
@@ -45,15 +51,21 @@ class Parking:
 
     def __init__(self) -> None:
         self._debt_s = 0.0
+        # What a prompt's token took lately.
+        self._token_s = 0.0
 
-    @property
-    def is_due(self) -> bool:
-        """Whether a copy may be made beside what runs."""
-        return self._debt_s <= 0
+    def is_due(self, n_prefill: int, n_idle: int) -> bool:
+        """Whether a copy may be made beside what runs.
 
-    def on_batch(self, elapsed_s: float) -> None:
-        """Note how long a batch took."""
+        `n_prefill`: tokens of prompts to come, which attend to `n_idle` cells that nobody needs.
+        """
+        return self._debt_s <= _SLOWED * n_idle * self._token_s * n_prefill
+
+    def on_batch(self, elapsed_s: float, n_prefill: int) -> None:
+        """Note how long a batch took, and how many of its tokens were of prompts."""
         self._debt_s -= min(self._debt_s, SHARE * elapsed_s)
+        if n_prefill >= _TELLING:
+            self._token_s = elapsed_s / n_prefill
 
     def on_copy(self, elapsed_s: float) -> None:
         """Note how long a copy took that something waited for."""

@@ -24,6 +24,9 @@ from shimpy.engine.sequence import (
 
 # A running sequence is waited for when it saves at least this many tokens of prefill.
 MIN_FOLLOW = 64
+# Fewer tokens are not shared: a start token that all have would keep its cell for ever, and
+# attention that looks at all cells goes up to the last one that is kept, however few are.
+MIN_SHARED = 16
 # Idle caches give way in pieces of this many cells, from their ends.
 EVICT_CELLS = 256
 # llama.cpp attends to so many cells or a multiple of it (llama_kv_cache::get_n_kv); a sequence
@@ -104,6 +107,9 @@ class Slots:
             n_now = n_kv if n_common >= n_kv else 0
             return Match(slot, n_now, n_now)
         n_now = min(n_common, n_kv)
+        is_shared = owner is not None or _is_part(n_now, n_kv)
+        if is_shared and n_common < MIN_SHARED:
+            return Match()
         # Only an older one is waited for: no two can wait for each other.
         is_older = owner is not None and owner.order < sequence.order
         return Match(slot, n_now, n_common if is_older else n_now)
@@ -328,7 +334,7 @@ class Slots:
         source = match.source
         if source is None or source.sequence is not None:
             return False
-        return spare is None or 2 * match.n_now >= len(source.tokens)
+        return spare is None or not _is_part(match.n_now, len(source.tokens))
 
     def _least_recent(self, but: Slot | None) -> Slot | None:
         return min(
@@ -363,6 +369,11 @@ class Slots:
         sequence.n_kv = n
         if not sequence.n_preempted:
             sequence.n_cached = n
+
+
+def _is_part(n: int, n_idle: int) -> bool:
+    """Whether `n` tokens are too few of what idles in a slot to take that slot for them."""
+    return 2 * n < n_idle
 
 
 def common_prefix(a: Tokens[int], b: Tokens[int]) -> int:

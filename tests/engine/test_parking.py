@@ -218,13 +218,47 @@ def test_nothing_is_parked_where_it_gains_nothing_or_can_t_be(
 
 def test_a_debt_is_paid_by_batches_and_forgiven_by_quiet() -> None:
     parking = Parking()
-    assert parking.is_due
+    assert parking.is_due(0, 100)
     parking.on_copy(0.1)
-    assert not parking.is_due
-    parking.on_batch(0.1 / SHARE - 1)
-    assert not parking.is_due
-    parking.on_batch(1.1)
-    assert parking.is_due
+    assert not parking.is_due(0, 100)
+    parking.on_batch(0.1 / SHARE - 1, 0)
+    assert not parking.is_due(0, 100)
+    parking.on_batch(1.1, 0)
+    assert parking.is_due(0, 100)
     parking.on_copy(9.0)
     parking.on_quiet()
-    assert parking.is_due
+    assert parking.is_due(0, 100)
+
+
+def test_long_prompts_to_come_pay_in_advance() -> None:
+    """A token takes 2 ms, and a fortieth more beside 100 idle cells."""
+    parking = Parking()
+    parking.on_batch(1.0, 500)
+    parking.on_copy(0.1)
+    assert not parking.is_due(1900, 100)
+    assert parking.is_due(2100, 100)
+    assert parking.is_due(1100, 200)
+
+
+def test_where_many_prompts_come_most_is_copied_before_them() -> None:
+    """They take 2 s, and an eighth more beside 480 idle cells."""
+    bench = Parker(n_slots=16)
+    for _ in range(8):
+        bench.submit(60, n_predict=1)
+    bench.step()
+    bench.copy_s = 0.1
+    for _ in range(8):
+        bench.submit(256)
+    bench.step()
+    assert bench.parked == [60] * 3
+
+
+def test_streams_get_a_batch_between_two_copies() -> None:
+    bench = Parker(n_slots=16)
+    bench.submit(60)
+    for _ in range(4):
+        bench.submit(60, n_predict=1)
+    bench.step()
+    for n_parked in (1, 2, 3):
+        bench.step()
+        assert len(bench.parked) == n_parked

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shimpy.engine.sequence import KvCopy, KvRemove, KvShift, Sequence
-from shimpy.engine.slots import EVICT_CELLS, MIN_FOLLOW, Slots, common_prefix
+from shimpy.engine.slots import EVICT_CELLS, MIN_FOLLOW, MIN_SHARED, Slots, common_prefix
 
 A = list(range(1000, 1300))
 B = list(range(2000, 2300))
@@ -87,6 +87,22 @@ def test_a_short_prefix_of_a_long_cache_is_shared_and_the_cache_kept() -> None:
     assert slots.cells.n_used == len(A)
     slots.release(sequence)
     assert start(slots, new(A)).n_kv == len(A) - 1
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_few_tokens_are_not_shared(is_busy: bool) -> None:
+    """The start token's cell would never be free again, wherever it lies."""
+    new, slots = Order(), Slots(2, 4096, can_split=True)
+    first = start(slots, new(A))
+    compute(slots, first)
+    if not is_busy:
+        slots.release(first)
+    assert slots.best_match(new([*A[: MIN_SHARED - 1], *B])).n_now == 0
+    assert slots.best_match(new([*A[:MIN_SHARED], *B])).n_now == MIN_SHARED
+    if not is_busy:
+        # A short text's own slot goes on with it.
+        slots.cut(0, 4)
+        assert slots.best_match(new([*A[:4], *B])).n_now == 4
 
 
 def test_a_busy_slots_prefix_is_shared() -> None:
@@ -208,12 +224,12 @@ def test_shifted_positions_are_no_prefix_for_others() -> None:
     new, slots = Order(), Slots(2, 4096, can_split=True)
     sequence = start(slots, new(A[:101]))
     compute(slots, sequence, 100)
-    slots.shift(sequence, 11)
+    slots.shift(sequence, 31)
     slots.take_ops()
     same = new(sequence.tokens)
-    assert slots.best_match(same).n_now == 11
+    assert slots.best_match(same).n_now == 31
     slots.release(sequence)
-    assert slots.best_match(same).n_now == 11
+    assert slots.best_match(same).n_now == 31
     start(slots, same)
     compute(slots, same)
     assert slots.best_match(new(same.tokens)).n_now == len(same.tokens) - 1
@@ -223,11 +239,11 @@ def test_what_is_left_of_a_shifted_cache_is_no_more_exact() -> None:
     new, slots = Order(), Slots(1, 4096, can_split=True)
     sequence = start(slots, new([*A, *B]))
     compute(slots, sequence)
-    slots.shift(sequence, 11)
+    slots.shift(sequence, 31)
     tokens = list(sequence.tokens)
     slots.release(sequence)
     assert slots.evict(1)
-    assert slots.best_match(new(tokens)).n_now == 11
+    assert slots.best_match(new(tokens)).n_now == 31
 
 
 @given(
