@@ -106,7 +106,7 @@ def test_a_config_that_can_not_be_read_changes_nothing(tmp_path: Path, models: P
     with running_daemon(tmp_path, models) as daemon:
         write_config(tmp_path, "max_quue = 1\n")
         done = daemon.shimpy("reload")
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "did you mean max_queue" in done.stderr
         assert daemon.shimpy("list").returncode == 0
 
