@@ -143,6 +143,11 @@ class StoreLockedError(RegistryError):
 
     code = "store_locked"
 
+    def __init__(self, message: str, *, owner: int | None) -> None:
+        """`owner` is the process's id, where it is known."""
+        super().__init__(message)
+        self.owner = owner
+
 
 class GgufError(RegistryError):
     """A file is not a GGUF model that can be read; `path` and the reason are in the message."""

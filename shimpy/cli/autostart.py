@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 
 from shimpy.cli.output import hint
 from shimpy.client import Client
-from shimpy.config import client_url, load_config
+from shimpy.config import Config, client_url, load_config
 from shimpy.errors import DaemonError, UnreachableError
 
 # In the state folder, unless the config names a log file.
 LOG_NAME = "daemon.log"
 _LOCK_NAME = "start.lock"
+_PID_NAME = "background.pid"
 _START_TIMEOUT_S = 30.0
 _IDLE_EXIT = "30m"
 _ERROR = "Error: "
@@ -65,10 +66,20 @@ def _start_daemon(client: Client, bind: str) -> None:
         try:
             client.version()
         except UnreachableError:
-            _start_alone(bind, log, idle)
+            pid = _start_alone(bind, log, idle)
+            (config.state_dir / _PID_NAME).write_text(f"{pid}\n")
 
 
-def _start_alone(bind: str, log: Path, flags: list[str]) -> None:
+def is_background(config: Config, pid: int | None) -> bool:
+    """Whether a daemon of this config is one that a command started."""
+    try:
+        return int((config.state_dir / _PID_NAME).read_text()) == pid
+    except (OSError, ValueError):
+        return False
+
+
+def _start_alone(bind: str, log: Path, flags: list[str]) -> int:
+    """Return the process's id once it is ready."""
     n_before = log.stat().st_size
     with (
         tempfile.TemporaryDirectory(prefix="shimpy-") as folder,
@@ -84,6 +95,7 @@ def _start_alone(bind: str, log: Path, flags: list[str]) -> None:
                 "-m",
                 "shimpy",
                 "serve",
+                "--background",
                 "--bind",
                 bind,
                 "--log-file",
@@ -103,6 +115,7 @@ def _start_alone(bind: str, log: Path, flags: list[str]) -> None:
             f"(log {log}):\n{said}"
         )
     hint(f"started a daemon in the background (pid {process.pid}, log {log})")
+    return process.pid
 
 
 def _wait_ready(

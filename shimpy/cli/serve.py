@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,11 @@ from shimpy.config import HELP, METAVARS
 
 if TYPE_CHECKING:
     from shimpy.config import Config
+    from shimpy.errors import StoreLockedError
+
+# How long a daemon takes to end, at most, once its requests have; and between looks.
+_END_S = 15.0
+_LOOK_S = 0.1
 
 # Flags whose form differs from `--name VALUE`.
 _FORMS: dict[str, dict[str, Any]] = {
@@ -37,11 +43,14 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(name="serve")
 @_setting_options
 @config_option
-def command(config_file: Path | None, **flags: Any) -> None:
+# Started by a command that found no daemon.
+@click.option("--background", is_flag=True, hidden=True)
+def command(config_file: Path | None, *, background: bool, **flags: Any) -> None:
     """Run the daemon."""
     import asyncio
 
     from shimpy.config import load_config
+    from shimpy.errors import StoreLockedError
 
     flags["model_dirs"] = flags["model_dirs"] or None
 
@@ -61,4 +70,35 @@ def command(config_file: Path | None, **flags: Any) -> None:
 
         reason = f"can't write {config.log_file}: {error.strerror or error}"
         raise InvalidOptionError(f"log_file: {reason}", option="log_file") from error
-    asyncio.run(serve(config, load=load))
+    deadline_s = 0.0
+    while True:
+        try:
+            asyncio.run(serve(config, load=load))
+        except StoreLockedError as error:
+            if not deadline_s and not background and _gives_way(config, error):
+                deadline_s = time.monotonic() + config.drain_timeout + _END_S
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(_LOOK_S)
+        else:
+            break
+
+
+def _gives_way(config: Config, error: StoreLockedError) -> bool:
+    """Whether the store's owner is a daemon that nobody asked for; it is told to end."""
+    import os
+    import signal
+
+    from shimpy.cli.autostart import is_background
+    from shimpy.cli.output import hint
+
+    if error.owner is None or not is_background(config, error.owner):
+        return False
+    hint(f"the daemon in the background (process {error.owner}) gives way to this one")
+    try:
+        os.kill(error.owner, signal.SIGTERM)
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        pass
+    return True

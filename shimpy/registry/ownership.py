@@ -33,7 +33,8 @@ def take_lock(path: Path, *, owned: str) -> int:
             os.close(descriptor)
             raise StoreLockedError(
                 f"{owned} belongs to another running daemon (process {owner}); stop that one, or "
-                "give this one a folder of its own with SHIMPY_HOME or data_dir"
+                "give this one a folder of its own with SHIMPY_HOME or data_dir",
+                owner=int(owner) if owner.isdecimal() else None,
             ) from None
         except BaseException:
             os.close(descriptor)

@@ -286,9 +286,37 @@ def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_daemon_in_the_background_gives_way_to_one_on_purpose(
+    tmp_path: Path, unused_tcp_port: int
+) -> None:
+    """A new user runs a model, and then follows the next line of the readme."""
+    env = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("SHIMPY_")},
+        "SHIMPY_HOME": str(tmp_path),
+        "SHIMPY_BIND": f"127.0.0.1:{unused_tcp_port}",
+    }
+    told = shimpy("list", env=env).stderr
+    pid = re.search(r"\(pid (\d+),", told)
+    assert pid is not None, told
+    background = psutil.Process(int(pid[1]))
+    other = shimpy("list", env=env | {"SHIMPY_HOST": "127.0.0.1:1"})
+    assert "belongs to another running daemon" in other.stderr
+    assert background.is_running()
+    with subprocess.Popen(
+        [sys.executable, "-m", "shimpy", "serve"], env=env, stderr=subprocess.PIPE, text=True
+    ) as daemon:
+        assert daemon.stderr is not None
+        assert f"(process {pid[1]}) gives way" in daemon.stderr.readline()
+        assert "listening" in daemon.stderr.readline()
+        assert not background.is_running() or background.status() == psutil.STATUS_ZOMBIE
+        assert "gives way" not in shimpy("serve", env=env).stderr
+        daemon.terminate()
+        assert daemon.wait(30) == 0
+
+
 def test_commands_at_once_start_one_daemon(tmp_path: Path, unused_tcp_port: int) -> None:
     env = {
-        **os.environ,
+        **{key: value for key, value in os.environ.items() if not key.startswith("SHIMPY_")},
         "SHIMPY_HOME": str(tmp_path),
         "SHIMPY_HOST": f"127.0.0.1:{unused_tcp_port}",
     }
