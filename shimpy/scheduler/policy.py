@@ -41,18 +41,28 @@ THREAD_BYTES = 16 * MIB
 def serves(resident: Resident, request: Request) -> bool:
     """Whether a resident can serve a request as it is loaded.
 
-    A context at least as long as asked for will do; any other load option must be the same.
+    A context at least as long as asked for will do, and any layers on the GPU where nobody asks
+    for a number of them; any other load option must be the same. So clients of which one sets
+    num_gpu and another does not cost one reload between them.
     """
     if resident.model.digest != request.model.digest:
         return False
     # Whatever the planner made of it, asking again for the same would change nothing.
     if request.options == resident.purpose.loaded_for:
         return True
-    if not _differ_in_n_ctx_only(resident.purpose.asked, request.options):
+    if not _differ_in_n_ctx_only(resident.purpose.asked, _as_loaded(request.options, resident)):
         return False
     # What was asked for counts as given, where the planner gave less (the model's own limit).
     loaded = max(resident.rung.placement.n_ctx, resident.purpose.asked.n_ctx or 0)
     return (request.options.n_ctx or resident.purpose.default_n_ctx) <= loaded
+
+
+def _as_loaded(options: PlanOptions, resident: Resident) -> PlanOptions:
+    """Return options with the resident's layers on the GPU, where they are what is asked for."""
+    placement, n_asked = resident.rung.placement, options.n_gpu_layers
+    if n_asked is None or min(n_asked, placement.n_layers + 1) == placement.n_gpu_layers:
+        return replace(options, n_gpu_layers=resident.purpose.asked.n_gpu_layers)
+    return options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -519,6 +519,24 @@ def test_other_options_reload() -> None:
     assert sim.kinds("reload")[0].reason == "other load options were asked for"
 
 
+def test_who_asks_for_no_layers_on_the_gpu_takes_those_that_are_there() -> None:
+    """As Ollama does: one client with num_gpu and one without must not reload in turns."""
+    sim = Simulation(make_hardware())
+    first = sim.load(A, PlanOptions(n_gpu_layers=0))
+    assert sim.load(A) == first
+    assert sim.load(A, PlanOptions(n_gpu_layers=0)) == first
+    second = sim.load(A, PlanOptions(n_gpu_layers=2))
+    assert second != first
+    assert len(sim.kinds("reload")) == 1
+
+
+def test_layers_on_the_gpu_that_are_there_already_need_no_reload() -> None:
+    sim = Simulation(make_hardware(vram_mib=8000))
+    first = sim.load(A)
+    assert sim.load(A, PlanOptions(n_gpu_layers=999)) == first
+    assert sim.kinds("reload") == []
+
+
 def test_a_file_that_has_changed_is_loaded_again() -> None:
     sim = Simulation(make_hardware())
     sim.load(A)
