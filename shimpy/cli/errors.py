@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import NoReturn
@@ -17,6 +18,10 @@ EXIT_INTERRUPTED = 130
 
 def run_and_exit(command: click.Command) -> NoReturn:
     """Run a command with the process's arguments and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that knows fewer letters shows a mark in place of the others.
+            stream.reconfigure(errors="replace")
     try:
         code = command.main(standalone_mode=False, color=_color())
     except click.ClickException as error:

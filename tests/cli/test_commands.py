@@ -90,6 +90,15 @@ def test_run_prints_the_answer_on_stdout_alone(daemon: Daemon) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{CHAIN_TEXT}\n", "")
 
 
+def test_what_a_terminal_cannot_show_is_marked(daemon: Daemon) -> None:
+    env = daemon.env | {"PYTHONIOENCODING": "ascii"}
+    done = shimpy("run", "chain", "hello", env=env)
+    assert (done.returncode, done.stdout) == (
+        0,
+        CHAIN_TEXT.encode("ascii", "replace").decode() + "\n",
+    )
+
+
 def test_run_reads_standard_input(daemon: Daemon) -> None:
     done = daemon.shimpy("run", "chain", "summarise", stdin="a long text")
     assert done.stdout == f"{CHAIN_TEXT}\n"
