@@ -91,7 +91,7 @@ def test_run_prints_the_answer_on_stdout_alone(daemon: Daemon) -> None:
 
 
 def test_what_a_terminal_cannot_show_is_marked(daemon: Daemon) -> None:
-    env = daemon.env | {"PYTHONIOENCODING": "ascii"}
+    env = daemon.env | {"PYTHONIOENCODING": "koi8-r"}
     done = shimpy("run", "chain", "hello", env=env)
     assert (done.returncode, done.stdout) == (
         0,
