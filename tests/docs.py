@@ -24,6 +24,12 @@ def cli_page() -> str:
         "",
         "Written by `python -m tests.docs` from the commands' own help.",
         "",
+        "Data goes to standard output, all else to standard error; nothing is coloured where it is",
+        "piped or `NO_COLOR` is set. A command exits with 0, with 1 where it failed, with 2 where it",
+        "was typed wrongly. In a shell,",
+        '`eval "$(_SHIMPY_COMPLETE=bash_source shimpy)"` (`zsh_source`, `fish_source`) has commands,',
+        "options and names of models completed.",
+        "",
         _help_of(cli, "shimpy"),
     ]
     for name in COMMANDS:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shimpy.cli.options import config_option, kv_type_option, parse_size
+from shimpy.cli.options import complete_model, config_option, kv_type_option, parse_size
 from shimpy.units import format_bytes
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _check_folder(_ctx: click.Context, _param: click.Parameter, value: Path | No
 
 
 @click.command(name="bench")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "--n-cpu-moe",
     callback=_parse_counts(0),

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from shimpy.cli.options import complete_model
+
 # How each kind of event is coloured; the others are plain.
 _COLOURS = {
     "ready": "green",
@@ -27,7 +29,7 @@ _NAME_WIDTH = 22
 
 
 @click.command(name="events")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_model)
 @click.option(
     "--since",
     default="10m",

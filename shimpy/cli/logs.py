@@ -13,13 +13,15 @@ from typing import Any, TextIO
 
 import click
 
+from shimpy.cli.options import complete_model
+
 _POLL_S = 0.25
 # Fields that begin a line or say nothing.
 _PLAIN = ("timestamp", "level", "event", "part")
 
 
 @click.command(name="logs")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_model)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
 @click.option(
     "-n",

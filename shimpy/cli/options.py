@@ -48,6 +48,25 @@ def parse_size(_ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         raise click.BadParameter(str(error)) from error
 
 
+def complete_model(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the models whose name begins so, for the shell; none where no daemon answers."""
+    from collections import Counter
+
+    from shimpy.client import Client
+    from shimpy.config import client_url
+    from shimpy.errors import ShimpyError
+
+    try:
+        with Client(client_url()) as client:
+            names = [str(model["name"]) for model in client.models()]
+    except ShimpyError:
+        return []
+    # The only tag can be left out, and bash ends a word at a colon.
+    counts = Counter(name.partition(":")[0] for name in names)
+    shown = [base if counts[base := name.partition(":")[0]] == 1 else name for name in names]
+    return sorted(name for name in shown if name.startswith(incomplete.lower()))
+
+
 def hint_if_idle(name: str) -> None:
     """Tell the user of a parameter of Ollama's that shimpy takes and does nothing with."""
     from shimpy.cli.output import hint

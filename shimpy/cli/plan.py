@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shimpy.cli.options import config_option, json_option, kv_type_option, parse_size
+from shimpy.cli.options import (
+    complete_model,
+    config_option,
+    json_option,
+    kv_type_option,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from shimpy.config import Config
@@ -34,7 +40,7 @@ def _parse_cpu_moe(_ctx: click.Context, _param: click.Parameter, value: str | No
 
 
 @click.command(name="plan")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "--vram",
     callback=parse_size,

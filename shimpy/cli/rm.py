@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import click
 
+from shimpy.cli.options import complete_model
+
 
 @click.command(name="rm")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument(
+    "models", nargs=-1, required=True, metavar="MODEL...", shell_complete=complete_model
+)
 def command(models: tuple[str, ...]) -> int:
     """Remove models, and the files that no other model needs.
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shimpy.cli.options import complete_model
+
 if TYPE_CHECKING:
     from shimpy.client import Client
 
@@ -32,7 +34,7 @@ def _parse_keep_alive(
 
 
 @click.command(name="run")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.argument("prompt", nargs=-1)
 @click.option("--system", help="A system message.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the template.")

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from shimpy.cli.options import hint_if_idle, json_option
+from shimpy.cli.options import complete_model, hint_if_idle, json_option
 
 
 @click.command(name="set")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.argument("pairs", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--unset", multiple=True, metavar="KEY", help="Take a setting back.")
 @json_option

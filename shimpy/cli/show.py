@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from shimpy.cli.options import json_option
+from shimpy.cli.options import complete_model, json_option
 
 
 @click.command(name="show")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option("--modelfile", "part", flag_value="modelfile", help="Only its Modelfile.")
 @click.option("--parameters", "part", flag_value="parameters", help="Only its parameters.")
 @click.option("--template", "part", flag_value="template", help="Only its prompt template.")

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from shimpy.cli.options import json_option
+from shimpy.cli.options import complete_model, json_option
 
 
 @click.command(name="verify")
-@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=complete_model)
 @json_option
 def command(models: tuple[str, ...], *, as_json: bool) -> int:
     """Read MODELs' files again, or all in the store, and check them. Exits 1 for a damaged one."""

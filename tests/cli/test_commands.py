@@ -159,6 +159,15 @@ def test_list_shows_good_and_broken_models(daemon: Daemon) -> None:
     assert "page.gguf" in done.stderr
 
 
+def test_the_shell_completes_names_of_models(daemon: Daemon) -> None:
+    for word, names in (("tiny", ["tiny-deepseek"]), ("CH", ["chain"]), ("none", [])):
+        words = {"COMP_WORDS": f"shimpy show {word}", "COMP_CWORD": "2"}
+        env = daemon.env | {"_SHIMPY_COMPLETE": "bash_complete"} | words
+        argv = [str(Path(sys.executable).with_name("shimpy"))]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True, timeout=30)
+        assert done.stdout.split() == [f"plain,{name}" for name in names]
+
+
 def test_list_as_json_filters_by_prefix(daemon: Daemon) -> None:
     models = json.loads(daemon.shimpy("list", "tiny", "--json").stdout)
     assert [model["name"] for model in models] == ["tiny-deepseek:q8_0"]
