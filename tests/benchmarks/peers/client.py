@@ -67,7 +67,7 @@ async def stream(
     url: str,
     body: dict[str, Any],
     *,
-    request_id: str = "none",
+    request_id: str = "",
     began: asyncio.Event | None = None,
     began_after: int = 1,
 ) -> Stream:
@@ -78,8 +78,9 @@ async def stream(
     """
     parts = urlsplit(url)
     data = json.dumps(body).encode()
+    named = f"X-Request-Id: {request_id}\r\n" if request_id else ""
     head = (
-        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nX-Request-Id: {request_id}\r\n"
+        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n{named}"
         f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n"
         "Connection: close\r\n\r\n"
     )
