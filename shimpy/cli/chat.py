@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from shimpy.cli.autostart import connect
 from shimpy.cli.output import waiting
 from shimpy.cli.printer import print_answer
 from shimpy.cli.run import parse_options
 from shimpy.client import Client
-from shimpy.errors import ShimpyError
+from shimpy.errors import ShimpyError, UnreachableError
 
 _HELP = """\
   /set system TEXT           Set the system message
@@ -94,11 +95,19 @@ class Chat:
         system = [{"role": "system", "content": self._system}] if self._system else []
         message = {"role": "user", "content": text}
         request = {**self._request, "messages": [*system, *self._messages, message]}
-        answer = print_answer(
-            self._client.chat(request), hide_thinking=self._hide_thinking, verbose=self._verbose
-        )
+        try:
+            answer = self._answer(request)
+        except UnreachableError:
+            # The daemon in the background ends while nothing is asked of it.
+            with connect():
+                answer = self._answer(request)
         # Only now: a question that failed or was broken off is not part of the history.
         self._messages += [message, answer]
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        return print_answer(
+            self._client.chat(request), hide_thinking=self._hide_thinking, verbose=self._verbose
+        )
 
     def _command(self, words: list[str]) -> None:
         match words:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
+
+from shimpy.errors import ShimpyError
 
 _NS_PER_S = 1e9
 
@@ -17,7 +19,7 @@ def print_answer(
     answer: dict[str, Any] = {"role": "assistant", "content": ""}
     thinking = ""
     last: dict[str, Any] = {}
-    for chunk in chunks:
+    for chunk in _ending_lines(chunks):
         part = chunk.get("message", chunk)
         thought = part.get("thinking") or ""
         if thought and not hide_thinking:
@@ -43,6 +45,19 @@ def print_answer(
     if verbose:
         _print_timings(last)
     return answer
+
+
+def _ending_lines(chunks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the chunks; an error in the middle is told on a line of its own."""
+    has_begun = False
+    try:
+        for chunk in chunks:
+            has_begun = True
+            yield chunk
+    except ShimpyError:
+        if has_begun:
+            click.echo(err=True)
+        raise
 
 
 def _print_timings(final: dict[str, Any]) -> None:

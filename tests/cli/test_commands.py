@@ -46,15 +46,14 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def chat(daemon: Daemon, *args: str) -> Iterator[Terminal]:
+def chat(env: dict[str, str], *args: str) -> Iterator[Terminal]:
     """Run a chat at a terminal from its first prompt on; it has to end by itself, well."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "shimpy", "run", *args]
-    env = daemon.env | {"TERM": "xterm"}
     # A session of its own: Ctrl-C is for whoever has the terminal.
     with subprocess.Popen(
-        [sys.executable, "-c", _OWN_TERMINAL, *command],
-        stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
+        [sys.executable, "-c", _OWN_TERMINAL, *command], env=env | {"TERM": "xterm"},
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
     ) as process:  # fmt: skip
         os.close(theirs)
         terminal = Terminal(ours)
@@ -62,6 +61,11 @@ def chat(daemon: Daemon, *args: str) -> Iterator[Terminal]:
         yield terminal
         assert process.wait(30) == 0
     os.close(ours)
+
+
+def background(home: Path) -> psutil.Process:
+    """The daemon that a command has started."""
+    return psutil.Process(int((home / "state" / "background.pid").read_text()))
 
 
 _OWN_TERMINAL = """
@@ -130,7 +134,7 @@ def test_run_takes_a_file_that_the_daemon_knows(daemon: Daemon, tmp_path: Path) 
 
 
 def test_several_pasted_lines_are_one_message_of_a_chat(daemon: Daemon) -> None:
-    with chat(daemon, "chain") as terminal:
+    with chat(daemon.env, "chain") as terminal:
         # As a terminal pastes; a comment is no command.
         terminal.type("\x1b[200~/* one\ntwo */\x1b[201~\r")
         shown = terminal.read_until(f"{CHAIN_TEXT}\r\n", ">>> ")
@@ -139,7 +143,7 @@ def test_several_pasted_lines_are_one_message_of_a_chat(daemon: Daemon) -> None:
 
 
 def test_ctrl_c_ends_an_answer_and_the_next_prompt_begins_a_line(daemon: Daemon) -> None:
-    with chat(daemon, "tiny-deepseek", "-o", "num_predict=100000") as terminal:
+    with chat(daemon.env, "tiny-deepseek", "-o", "num_predict=100000") as terminal:
         terminal.type("hello\r")
         terminal.read_until("hello\r\n")
         terminal.read()
@@ -330,6 +334,32 @@ def test_a_daemon_in_the_background_gives_way_to_one_on_purpose(
         assert "gives way" not in shimpy("serve", env=env).stderr
         daemon.terminate()
         assert daemon.wait(30) == 0
+
+
+def test_a_chat_outlives_its_daemon(
+    tmp_path: Path, chain_model: Path, unused_tcp_port: int
+) -> None:
+    """One in the background ends when nothing is asked of it for a while."""
+    env = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("SHIMPY_")},
+        "SHIMPY_HOME": str(tmp_path),
+        "SHIMPY_BIND": f"127.0.0.1:{unused_tcp_port}",
+        "SHIMPY_MODEL_DIRS": str(chain_model.parent),
+        "SHIMPY_N_THREADS": "1",
+    }
+    assert shimpy("list", env=env).returncode == 0
+    daemon = background(tmp_path)
+    with chat(env, "chain") as terminal:
+        terminal.type("hello\r")
+        terminal.read_until(f"{CHAIN_TEXT}\r\n", ">>> ")
+        daemon.terminate()
+        daemon.wait(30)
+        terminal.type("hello\r")
+        terminal.read_until("started a daemon", f"{CHAIN_TEXT}\r\n", ">>> ")
+        terminal.type("/bye\r")
+    daemon = background(tmp_path)
+    daemon.terminate()
+    daemon.wait(30)
 
 
 def test_commands_at_once_start_one_daemon(tmp_path: Path, unused_tcp_port: int) -> None:
