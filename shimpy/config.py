@@ -330,8 +330,9 @@ def _own_address(env: Mapping[str, str]) -> str:
     """Return the address that a daemon with this machine's settings listens on."""
     try:
         config = load_config(environ=env).config
-    except InvalidOptionError:
-        # Commands that read the settings say what is wrong with them.
+    except (InvalidOptionError, OSError):
+        # Commands that read the settings say what is wrong with them; the system's may be in a
+        # folder that is closed to others.
         return DEFAULT_BIND
     if config.bind.startswith(UNIX):
         return config.bind

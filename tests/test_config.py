@@ -160,6 +160,16 @@ def test_without_shimpy_host_clients_go_where_the_config_has_the_daemon_listen(
     assert client_url(home | {"SHIMPY_HOST": "other:6"}) == "http://other:6"
 
 
+def test_a_config_that_is_closed_to_us_does_not_keep_clients_away(
+    home: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert client_url(home) == "http://127.0.0.1:11435"
+
+
 def test_the_environment_may_name_the_config_file(home: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text("max_queue = 9\n")
