@@ -59,9 +59,11 @@ async def choose_model(services: Services, given: str | None, need: Need) -> str
     if not known:
         raise NotFoundError(f"there is no model here of those that {need.words}")
     which = "loaded models" if suitable else "models"
+    name = services.config.default_model
+    advice = f"correct default_model, which is {name!r}" if name else "set default_model"
     raise InvalidOptionError(
         f"model is required, as there are {len(suitable or known)} {which} that {need.words}: "
-        f"{_listed(suitable or known)}; name one, load only one, or set default_model",
+        f"{_listed(suitable or known)}; name one, load only one, or {advice}",
         option="model",
     )
 

@@ -64,7 +64,11 @@ async def test_several_that_could_be_meant_are_listed(tmp_path: Path, default: s
         assert answer.status_code == 400
         message = answer.json()["error"]["message"]
         assert "chain-a:latest, chain-b:latest" in message
-        assert "bert" not in message
+        listed, _, advice = message.partition(";")
+        assert "bert" not in listed
+        assert advice.endswith(
+            f"default_model, which is {default!r}" if default else "default_model"
+        )
         await _load(app, "chain-a")
         await _load(app, "chain-b")
         assert "2 loaded models" in (await _ask(app)).json()["error"]["message"]
