@@ -1,7 +1,8 @@
 """`shimpy plan`: explain where a model would be placed, without loading anything.
 
-Needs no daemon: the model's header and a snapshot of the machine, or a supposed one, are all
-that a plan is made from.
+Of a model that a daemon knows, the plan is the daemon's: it knows its flags, and what is set about
+the model. Else none is needed: the model's header and a snapshot of the machine, or a supposed one,
+are all that a plan is made from.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from shimpy.errors import NotFoundError
     from shimpy.placement.explain import PlanReport
     from shimpy.placement.hardware import Hardware
-    from shimpy.placement.placement import CpuMoe, PlanOptions, Rung
+    from shimpy.placement.placement import CpuMoe, PlanOptions
     from shimpy.registry.model import Model
 
 _CPU_MOE = ("auto", "on", "off")
@@ -78,22 +79,57 @@ def command(
 ) -> None:
     """Explain where MODEL, a name or a .gguf file, would be placed, and why.
 
-    Nothing is loaded. Without --vram and --ram the plan is for this machine as it is now.
+    Nothing is loaded. Without --vram and --ram the plan is for this machine as it is now. It is
+    that of the daemon, with its settings and the model's, unless MODEL is a file, --config is
+    given or none answers.
     """
     from shimpy.cli.output import print_json
     from shimpy.config import load_config
     from shimpy.logs import setup_logging
     from shimpy.placement.explain import plan_to_json
 
-    setup_logging("warning", "auto")
-    config = load_config(file=config_file).config
-    name, found = find_model(model, config)
-    options = plan_options(config, n_ctx=n_ctx, n_slots=slots, cpu_moe=cpu_moe, kv_type=kv_type)
-    report = make_report(name, found, find_hardware(config, vram=vram, ram=ram), options, config)
+    plan = None
+    if config_file is None and not is_file(model):
+        asked = {"n_ctx": n_ctx, "n_slots": slots, "cpu_moe": cpu_moe, "kv_type": kv_type}
+        plan = _ask_daemon({"model": model, "vram": supposed_cards(vram), "ram": ram, **asked})
+    if plan is None:
+        setup_logging("warning", "auto")
+        config = load_config(file=config_file).config
+        name, found = find_model(model, config)
+        options = plan_options(config, n_ctx=n_ctx, n_slots=slots, cpu_moe=cpu_moe, kv_type=kv_type)
+        hardware = find_hardware(config, vram=vram, ram=ram)
+        plan = plan_to_json(make_report(name, found, hardware, options, config))
     if as_json:
-        print_json(plan_to_json(report))
+        print_json(plan)
     else:
-        print_report(report)
+        print_plan(plan)
+
+
+def _ask_daemon(request: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a daemon's plan; None: none answers, or it can't say."""
+    from shimpy.client import Client
+    from shimpy.config import client_url
+    from shimpy.errors import ShimpyError
+
+    try:
+        with Client(client_url()) as client:
+            plan = client.plan({key: value for key, value in request.items() if value is not None})
+    except ShimpyError:
+        # What is wrong with the model or the request is found, and told, without it, too.
+        return None
+    # Older ones say it in figures only.
+    return plan if "lines" in plan else None
+
+
+def is_file(text: str) -> bool:
+    """Whether a model is given as a file, not by its name."""
+    path = Path(text).expanduser()
+    return path.suffix.lower() == ".gguf" or ("/" in text and path.is_file())
+
+
+def supposed_cards(vram: tuple[int, ...]) -> list[int] | None:
+    """Return the free bytes of the supposed cards; None: this machine's own."""
+    return [size for size in vram if size] if vram else None
 
 
 def make_report(
@@ -120,8 +156,8 @@ def find_model(text: str, config: Config) -> tuple[str, Model]:
     """
     from shimpy.registry.registry import Registry, model_of_files
 
-    path = Path(text).expanduser()
-    if path.suffix.lower() == ".gguf" or ("/" in text and path.is_file()):
+    if is_file(text):
+        path = Path(text).expanduser()
         return path.name, model_of_files([path])
     from shimpy.config import tool_folders
     from shimpy.errors import NotFoundError
@@ -175,7 +211,7 @@ def find_hardware(config: Config, *, vram: tuple[int, ...], ram: int | None) -> 
     """Return this machine, or the supposed one; `--vram 0` supposes no card."""
     from shimpy.placement.hardware import suppose
 
-    cards = [size for size in vram if size] if vram else None
+    cards = supposed_cards(vram)
     actual = None
     if cards is None or ram is None:
         from shimpy.placement.probe import probe_hardware
@@ -186,33 +222,28 @@ def find_hardware(config: Config, *, vram: tuple[int, ...], ram: int | None) -> 
     return suppose(actual, vram_bytes=cards, ram_bytes=ram)
 
 
-def print_report(report: PlanReport) -> None:
+def print_plan(plan: dict[str, Any]) -> None:
     """Print the choice, its figures and the ladder of alternatives."""
     from shimpy.cli.output import print_table
-    from shimpy.placement.explain import plan_lines
 
-    for line in plan_lines(report):
+    for line in plan["lines"]:
         click.echo(line)
     click.echo()
-    rows = [_row(report, rung) for rung in report.plan.ladder]
+    rows = [_row(rung) for rung in plan["ladder"]]
     print_table(("", "PLACEMENT", "VRAM", "RAM", "CONTEXT", "BATCH", "WEIGHTS IN RAM"), rows)
 
 
-def _row(report: PlanReport, rung: Rung) -> tuple[str, ...]:
-    from shimpy.placement.reasons import describe_lack, describe_layout
+def _row(rung: dict[str, Any]) -> tuple[str, ...]:
     from shimpy.units import format_bytes
 
-    placement = rung.placement
-    mark = "*" if rung is report.plan.chosen else "" if rung.fits else "x"
-    what = describe_layout(report.shape, placement)
-    lack = describe_lack(report.hardware, rung)
-    vram = sum(device.total_bytes for device in rung.devices)
+    placement, host = rung["placement"], rung["host"]
+    vram = sum(device["total_bytes"] for device in rung["devices"])
     return (
-        mark,
-        f"{what} ({lack})" if lack else what,
-        format_bytes(vram) if rung.devices else "-",
-        format_bytes(rung.host.total_bytes),
-        f"{placement.n_ctx}/{placement.n_slots}",
-        str(placement.n_ubatch),
-        "page-locked" if rung.host.locked else "mapped",
+        "*" if rung["chosen"] else "" if rung["fits"] else "x",
+        f"{rung['layout']} ({rung['lack']})" if rung["lack"] else rung["layout"],
+        format_bytes(vram) if rung["devices"] else "-",
+        format_bytes(host["total_bytes"]),
+        f"{placement['n_ctx']}/{placement['n_slots']}",
+        str(placement["n_ubatch"]),
+        "page-locked" if host["locked"] else "mapped",
     )

@@ -9,7 +9,7 @@ from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware, UnusableGpu
 from shimpy.placement.placement import DeviceUse, HostUse, Placement, Plan, PlanOptions, Rung
 from shimpy.placement.planner import plan_model
-from shimpy.placement.reasons import describe_layout, missing_bytes
+from shimpy.placement.reasons import describe_lack, describe_layout, missing_bytes
 from shimpy.units import format_bytes
 
 
@@ -43,7 +43,8 @@ def plan_report(
 def plan_to_json(report: PlanReport) -> dict[str, Any]:
     """Return a report as JSON values; all sizes are bytes.
 
-    Where nothing fits, the placement is the one that lacks least.
+    Where nothing fits, the placement is the one that lacks least. `lines`, and `layout` and
+    `lack` of each rung, say the same in words.
     """
     shape, plan = report.shape, report.plan
     return {
@@ -59,8 +60,17 @@ def plan_to_json(report: PlanReport) -> dict[str, Any]:
             "bytes": shape.expert_bytes,
         },
         "ladder": [
-            {"fits": rung.fits, "reason": rung.reason, **_rung_parts(rung)} for rung in plan.ladder
+            {
+                "fits": rung.fits,
+                "chosen": rung is plan.chosen,
+                "reason": rung.reason,
+                "layout": describe_layout(shape, rung.placement),
+                "lack": describe_lack(report.hardware, rung),
+                **_rung_parts(rung),
+            }
+            for rung in plan.ladder
         ],
+        "lines": plan_lines(report),
         "unusable_gpus": [
             {
                 "description": card.description,

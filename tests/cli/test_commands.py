@@ -249,6 +249,16 @@ def test_show_prints_sections_and_parts(daemon: Daemon) -> None:
     assert info["general.architecture"] == "deepseek"
 
 
+def test_the_plan_is_the_daemons_with_what_is_set_about_the_model(daemon: Daemon) -> None:
+    assert daemon.shimpy("set", "chain", "num_ctx=768").returncode == 0
+    assert "settings: context 768 " in daemon.shimpy("plan", "chain").stdout
+    assert "settings: context 512 " in daemon.shimpy("plan", "chain", "--n-ctx", "512").stdout
+    supposed = daemon.shimpy("plan", "chain", "--vram", "8GiB", "--vram", "8GiB", "--ram", "9GiB")
+    assert "of 8.0 GiB free" in supposed.stdout
+    assert daemon.shimpy("set", "chain", "--unset", "num_ctx").returncode == 0
+    assert "settings: context 768 " not in daemon.shimpy("plan", "chain").stdout
+
+
 def test_stop_of_an_unknown_model_exits_1(daemon: Daemon) -> None:
     assert daemon.shimpy("stop", "nope").returncode == 1
 

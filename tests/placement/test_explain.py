@@ -54,7 +54,7 @@ def test_the_json_has_its_shape() -> None:
     data = as_json(machine(8))
     assert list(data) == [
         "model", "fits", "reason", "figures", "placement", "devices", "host", "experts", "ladder",
-        "unusable_gpus",
+        "lines", "unusable_gpus",
     ]  # fmt: skip
     assert data["model"] == "deepseek:q4_k_m"
     assert data["fits"] is True
@@ -69,12 +69,15 @@ def test_the_json_has_its_shape() -> None:
         "bytes": MOE.expert_bytes,
     }
     for rung in data["ladder"]:
-        assert list(rung) == ["fits", "reason", "figures", "placement", "devices", "host"]
+        assert list(rung) == [
+            "fits", "chosen", "reason", "layout", "lack", "figures", "placement", "devices", "host",
+        ]  # fmt: skip
 
 
 def test_the_json_tells_the_chosen_rung() -> None:
     data = as_json(machine(8))
     chosen = next(rung for rung in data["ladder"] if rung["fits"])
+    assert [rung for rung in data["ladder"] if rung["chosen"]] == [chosen]
     assert data["placement"] == chosen["placement"]
     assert data["devices"] == chosen["devices"]
     device = data["devices"][0]
