@@ -55,7 +55,7 @@ def test_why_a_template_is_not_used_is_known(tmp_path: Path, chain_model: Path) 
     settings = ModelSettings(template="{{ .Nope }}")
     theirs = make_card(replace(_model(chain_model), settings=settings))
     assert theirs.template.source == ours.template.source
-    assert ".Nope" in theirs.template.problem
+    assert "does not print the user's message" in theirs.template.problem
 
 
 async def test_cards_are_kept_for_the_models_used_last(chain_model: Path) -> None:
