@@ -10,10 +10,12 @@ Admission is first come, first served, and the running sequences are in order of
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 
+from shimpy.engine.attention import Attention
 from shimpy.engine.backend import Chunk
 from shimpy.engine.pace import Pace
 from shimpy.engine.parking import Parking, without_strewn
@@ -21,6 +23,12 @@ from shimpy.engine.prefixes import MIN_PARKED_GAIN, Save, SavedPrefix, SavedPref
 from shimpy.engine.sequence import IdleCache, KvOp, Match, Sequence
 from shimpy.engine.slots import ATTENDED_CELLS, Slots
 
+# Where attention is computed over all cells in use, a prompt of so many tokens and more waits for
+# those that run, if beside them it would take longer by such a part of its own time; but no longer
+# than so many times what it would lose.
+LONG = 512
+MUCH_LOST = 0.5
+PATIENCE = 2.0
 # Room for this many new tokens is wanted before a sequence is admitted.
 MARGIN = 64
 
@@ -91,6 +99,9 @@ class Batcher:
         self._parking = Parking() if attends_idle and can_park else None
         self._saved = SavedPrefixes(whole=True) if saved is None else saved
         self._pace = Pace(n_batch)
+        self._attention = Attention()
+        # When the last long prompt began.
+        self._begun_s = -math.inf
         # A batch has room for one token of each sequence.
         self._slots = Slots(min(n_slots, n_batch), n_ctx, can_split=can_split)
         self._waiting: deque[Sequence] = deque()
@@ -148,6 +159,9 @@ class Batcher:
         was_read, self._is_read = self._is_read, any(chunk.wants_logits for chunk in batch.chunks)
         if batch.n_prefill and was_read and self._is_read:
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
+        if batch.n_prefill and self._attends_idle:
+            n_tokens = sum(len(chunk.tokens) for chunk in batch.chunks)
+            self._attention.on_batch(n_tokens, elapsed_s, depth=batch.depth)
         if self._parking is not None:
             self._parking.on_batch(elapsed_s, batch.n_prefill)
 
@@ -315,9 +329,11 @@ class Batcher:
         self._drop_idle()
         while self._running:
             generating, prefilling = self._ready()
+            if self._attends_idle:
+                prefilling = self._without_held(generating, prefilling, now)
             n_prefill = self._make_room(generating, prefilling)
             if n_prefill is not None:
-                return self._compose(generating, prefilling, n_prefill)
+                return self._compose(generating, prefilling, n_prefill, now)
             self._preempt()
         return None
 
@@ -410,6 +426,30 @@ class Batcher:
                 prefilling.append(sequence)
         return generating, prefilling
 
+    def _without_held(
+        self, generating: list[Sequence], prefilling: list[Sequence], now: float
+    ) -> list[Sequence]:
+        """Leave out long prompts that had better begin when others have ended.
+
+        One goes on in any case, and none is held for more than PATIENCE times what it would lose.
+        """
+        n_cells = self._slots.n_cells_busy()
+        n_cells += sum(sequence.n_pending for sequence in prefilling if sequence.is_begun)
+        found: list[Sequence] = []
+        for sequence in prefilling:
+            n = sequence.n_pending
+            if not sequence.is_begun:
+                if n >= LONG and (generating or found) and self._had_better_wait(n, n_cells, now):
+                    continue
+                n_cells += n
+            found.append(sequence)
+        return found
+
+    def _had_better_wait(self, n_tokens: int, n_cells: int, now: float) -> bool:
+        loss_s = self._attention.loss_s(n_tokens, n_cells)
+        is_much = loss_s > MUCH_LOST * self._attention.alone_s(n_tokens)
+        return is_much and now - self._begun_s < PATIENCE * loss_s
+
     def _make_room(self, generating: list[Sequence], prefilling: list[Sequence]) -> int | None:
         """Evict idle caches for the batch; return its prefill tokens, None: no room at all."""
         n_decode = len(generating)
@@ -434,12 +474,19 @@ class Batcher:
         self._is_blocked = True
 
     def _compose(
-        self, generating: list[Sequence], prefilling: list[Sequence], n_prefill: int
+        self,
+        generating: list[Sequence],
+        prefilling: list[Sequence],
+        n_prefill: int,
+        now: float,
     ) -> Batch:
         self._may_restore = self._may_copy = True
         chunks = [_chunk(sequence, 1) for sequence in generating]
         sequences = [*generating]
         for sequence, n in _share_out(prefilling, n_prefill):
+            if not sequence.is_begun and sequence.n_pending >= LONG:
+                self._begun_s = now
+            sequence.is_begun = True
             chunks.append(_chunk(sequence, n))
             sequences.append(sequence)
         return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, self._depth(chunks))

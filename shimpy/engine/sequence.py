@@ -69,6 +69,8 @@ class Sequence:
     n_preempted: int = 0
     # What is saved was searched for it.
     is_sought: bool = False
+    # Some of its prompt was computed.
+    is_begun: bool = False
     admitted_s: float | None = None
     # The older sequence that computes our first n_shared tokens just now.
     leader: Sequence | None = None
