@@ -52,7 +52,7 @@ class Attention:
         """Return how much longer so many tokens take beside so many cells more."""
         return n_tokens * n_cells * self._slope
 
-    def alone_s(self, n_tokens: int) -> float:
-        """Return how long a prompt of so many tokens takes with no cells but its own."""
+    def alone_s(self, n_tokens: int, n_before: int = 0) -> float:
+        """Return how long so many tokens behind `n_before` of their own take beside no others."""
         base = max(0.0, self._token_s - self._depth * self._slope)
-        return n_tokens * (base + self._slope * n_tokens / 2)
+        return n_tokens * (base + self._slope * (n_before + n_tokens / 2))

@@ -437,17 +437,21 @@ class Batcher:
         n_cells += sum(sequence.n_pending for sequence in prefilling if sequence.is_begun)
         found: list[Sequence] = []
         for sequence in prefilling:
-            n = sequence.n_pending
             if not sequence.is_begun:
-                if n >= LONG and (generating or found) and self._had_better_wait(n, n_cells, now):
+                is_alone = not generating and not found
+                if not is_alone and self._had_better_wait(sequence, n_cells, now):
                     continue
-                n_cells += n
+                n_cells += sequence.n_pending
             found.append(sequence)
         return found
 
-    def _had_better_wait(self, n_tokens: int, n_cells: int, now: float) -> bool:
-        loss_s = self._attention.loss_s(n_tokens, n_cells)
-        is_much = loss_s > MUCH_LOST * self._attention.alone_s(n_tokens)
+    def _had_better_wait(self, sequence: Sequence, n_cells: int, now: float) -> bool:
+        """Whether a prompt should wait; `n_cells` will be in use, its own prefix's among them."""
+        n, n_own = sequence.n_pending, sequence.n_kv
+        if n < LONG:
+            return False
+        loss_s = self._attention.loss_s(n, n_cells - n_own)
+        is_much = loss_s > MUCH_LOST * self._attention.alone_s(n, n_own)
         return is_much and now - self._begun_s < PATIENCE * loss_s
 
     def _make_room(self, generating: list[Sequence], prefilling: list[Sequence]) -> int | None:

@@ -26,6 +26,7 @@ def test_a_line_is_found_again(batches: list[tuple[int, int]]) -> None:
         attention.on_batch(n_tokens, taken_s(n_tokens, depth), depth=depth)
     assert attention.loss_s(1000, 2000) == pytest.approx(1000 * 2000 * SLOPE_S, rel=1e-6)
     assert attention.alone_s(1000) == pytest.approx(taken_s(1000, 0), rel=1e-6)
+    assert attention.alone_s(1000, 70) == pytest.approx(taken_s(1000, 70), rel=1e-6)
 
 
 def test_nothing_is_known_of_depth_from_one_depth() -> None:
@@ -102,6 +103,19 @@ def test_a_short_prompt_does_not_wait_for_long_ones() -> None:
     while not short.n_generated:
         bench.step()
     assert not held.is_begun
+
+
+def test_a_long_chat_that_goes_on_does_not_wait_for_its_own_cells() -> None:
+    bench = Machine(n_slots=8, n_ctx=16384)
+    chat = bench.answer(4000)
+    stream = bench.submit(60, n_predict=500)
+    while not stream.n_generated:
+        bench.step()
+    more = bench.submit_tokens([*chat.tokens, *range(LONG + 8)], n_predict=1)
+    while not more.is_begun:
+        bench.step()
+    assert more.n_cached == 4000
+    assert stream.n_generated < 5
 
 
 def test_patience_ends() -> None:
