@@ -108,7 +108,7 @@ def test_a_short_prompt_does_not_wait_for_long_ones() -> None:
 def test_a_long_chat_that_goes_on_does_not_wait_for_its_own_cells() -> None:
     bench = Machine(n_slots=8, n_ctx=16384)
     chat = bench.answer(4000)
-    stream = bench.submit(60, n_predict=500)
+    stream = bench.submit(LONG, n_predict=500)
     while not stream.n_generated:
         bench.step()
     more = bench.submit_tokens([*chat.tokens, *range(LONG + 8)], n_predict=1)
