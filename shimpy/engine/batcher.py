@@ -10,25 +10,18 @@ Admission is first come, first served, and the running sequences are in order of
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 
-from shimpy.engine.attention import Attention
 from shimpy.engine.backend import Chunk
 from shimpy.engine.pace import Pace
 from shimpy.engine.parking import Parking, without_strewn
 from shimpy.engine.prefixes import MIN_PARKED_GAIN, Save, SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import IdleCache, KvOp, Match, Sequence
 from shimpy.engine.slots import ATTENDED_CELLS, Slots
+from shimpy.engine.turns import Turns
 
-# Where attention is computed over all cells in use, a prompt of so many tokens and more waits for
-# those that run, if beside them it would take longer by such a part of its own time; but no longer
-# than so many times what it would lose.
-LONG = 512
-MUCH_LOST = 0.5
-PATIENCE = 2.0
 # Room for this many new tokens is wanted before a sequence is admitted.
 MARGIN = 64
 
@@ -99,9 +92,7 @@ class Batcher:
         self._parking = Parking() if attends_idle and can_park else None
         self._saved = SavedPrefixes(whole=True) if saved is None else saved
         self._pace = Pace(n_batch)
-        self._attention = Attention()
-        # When the last long prompt began.
-        self._begun_s = -math.inf
+        self._turns = Turns() if attends_idle else None
         # A batch has room for one token of each sequence.
         self._slots = Slots(min(n_slots, n_batch), n_ctx, can_split=can_split)
         self._waiting: deque[Sequence] = deque()
@@ -159,9 +150,9 @@ class Batcher:
         was_read, self._is_read = self._is_read, any(chunk.wants_logits for chunk in batch.chunks)
         if batch.n_prefill and was_read and self._is_read:
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
-        if batch.n_prefill and self._attends_idle:
+        if batch.n_prefill and self._turns is not None:
             n_tokens = sum(len(chunk.tokens) for chunk in batch.chunks)
-            self._attention.on_batch(n_tokens, elapsed_s, depth=batch.depth)
+            self._turns.attention.on_batch(n_tokens, elapsed_s, depth=batch.depth)
         if self._parking is not None:
             self._parking.on_batch(elapsed_s, batch.n_prefill)
 
@@ -329,8 +320,9 @@ class Batcher:
         self._drop_idle()
         while self._running:
             generating, prefilling = self._ready()
-            if self._attends_idle:
-                prefilling = self._without_held(generating, prefilling, now)
+            if self._turns is not None:
+                n_busy, is_alone = self._slots.n_cells_busy(), not generating
+                prefilling = self._turns.without_held(prefilling, n_busy, now, is_alone=is_alone)
             n_prefill = self._make_room(generating, prefilling)
             if n_prefill is not None:
                 return self._compose(generating, prefilling, n_prefill, now)
@@ -426,34 +418,6 @@ class Batcher:
                 prefilling.append(sequence)
         return generating, prefilling
 
-    def _without_held(
-        self, generating: list[Sequence], prefilling: list[Sequence], now: float
-    ) -> list[Sequence]:
-        """Leave out long prompts that had better begin when others have ended.
-
-        One goes on in any case, and none is held for more than PATIENCE times what it would lose.
-        """
-        n_cells = self._slots.n_cells_busy()
-        n_cells += sum(sequence.n_pending for sequence in prefilling if sequence.is_begun)
-        found: list[Sequence] = []
-        for sequence in prefilling:
-            if not sequence.is_begun:
-                is_alone = not generating and not found
-                if not is_alone and self._had_better_wait(sequence, n_cells, now):
-                    continue
-                n_cells += sequence.n_pending
-            found.append(sequence)
-        return found
-
-    def _had_better_wait(self, sequence: Sequence, n_cells: int, now: float) -> bool:
-        """Whether a prompt should wait; `n_cells` will be in use, its own prefix's among them."""
-        n, n_own = sequence.n_pending, sequence.n_kv
-        if n < LONG:
-            return False
-        loss_s = self._attention.loss_s(n, n_cells - n_own)
-        is_much = loss_s > MUCH_LOST * self._attention.alone_s(n, n_own)
-        return is_much and now - self._begun_s < PATIENCE * loss_s
-
     def _make_room(self, generating: list[Sequence], prefilling: list[Sequence]) -> int | None:
         """Evict idle caches for the batch; return its prefill tokens, None: no room at all."""
         n_decode = len(generating)
@@ -488,9 +452,8 @@ class Batcher:
         chunks = [_chunk(sequence, 1) for sequence in generating]
         sequences = [*generating]
         for sequence, n in _share_out(prefilling, n_prefill):
-            if not sequence.is_begun and sequence.n_pending >= LONG:
-                self._begun_s = now
-            sequence.is_begun = True
+            if self._turns is not None:
+                self._turns.on_next(sequence, now)
             chunks.append(_chunk(sequence, n))
             sequences.append(sequence)
         return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, self._depth(chunks))

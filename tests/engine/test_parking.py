@@ -20,7 +20,8 @@ class Parker(Bench):
 
     def __init__(self, **shape: Any) -> None:
         self.saved = SavedPrefixes(**{"whole": False, **shape.pop("saved", {})})
-        super().__init__(saved=self.saved, attends_idle=True, can_park=True, **shape)
+        shape = {"attends_idle": True, "can_park": True, **shape}
+        super().__init__(saved=self.saved, **shape)
         self.copy_s = 0.0
         self.has_room = True
         # What was done before batches: the tokens that were copied, and those that came back.

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shimpy.engine.attention import Attention
-from shimpy.engine.batcher import LONG
 from shimpy.engine.sequence import Sequence
+from shimpy.engine.turns import LONG
 from tests.engine.test_parking import Parker
 
 BASE_S = 0.002
@@ -81,7 +81,7 @@ def test_without_turns_they_would_take_half_as_long_again(monkeypatch: pytest.Mo
     times_s = []
     for turns in (True, False):
         if not turns:
-            monkeypatch.setattr("shimpy.engine.batcher.PATIENCE", 0)
+            monkeypatch.setattr("shimpy.engine.turns.PATIENCE", 0)
         bench = Machine(n_slots=8, n_ctx=16384)
         bench.answer(2000)
         started_s = bench.now
@@ -135,12 +135,10 @@ def test_patience_ends() -> None:
 
 
 def test_with_flash_attention_nobody_waits() -> None:
-    bench = Machine(n_slots=8, n_ctx=16384)
-    bench.batcher._attends_idle = False
+    bench = Machine(n_slots=8, n_ctx=16384, attends_idle=False, can_park=False)
     bench.answer(2000)
     stream = bench.submit(2000, n_predict=500)
     while not stream.n_generated:
         bench.step()
     late = bench.submit(2000, n_predict=1)
-    bench.step()
-    assert late.is_begun
+    assert late in bench.step()
