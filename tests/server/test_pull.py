@@ -148,8 +148,8 @@ async def test_when_all_have_left_the_pull_stops_and_the_next_goes_on(
         await anext(lines)
         await asyncio.to_thread(hub.wait_stalled)
     # It ends without waiting for the server; the next pull waits for its end.
-    hub.go_on()
     lines_after = await app.lines("/api/pull", {"model": "hf.co/org/Chain-GGUF"})
+    hub.go_on()
     assert lines_after[-1]["status"] == "success"
     size = chain_model.stat().st_size  # noqa: ASYNC240 - a temporary file
     resumed = [s for s in hub.seen if s.where == "storage" and s.range.endswith("-")]
