@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -126,6 +127,14 @@ async def test_two_clients_share_one_pull(app: Running, hub: HubServer) -> None:
     assert hub.count("api") == 1
 
 
+def wait_for_bytes(folder: Path) -> None:
+    """Wait until some of a blob is on disk: what was sent need not have been taken yet."""
+    deadline_s = time.monotonic() + 20
+    while not any(file.stat().st_size for file in folder.rglob("partial/sha256-*")):
+        assert time.monotonic() < deadline_s, "nothing of the file has come"
+        time.sleep(0.005)
+
+
 async def test_one_client_that_leaves_does_not_end_the_pull_of_another(
     app: Running, hub: HubServer
 ) -> None:
@@ -140,13 +149,18 @@ async def test_one_client_that_leaves_does_not_end_the_pull_of_another(
 
 
 async def test_when_all_have_left_the_pull_stops_and_the_next_goes_on(
-    app: Running, hub: HubServer, chain_model: Path, monkeypatch: pytest.MonkeyPatch
+    app: Running,
+    hub: HubServer,
+    chain_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 60.0)
     hub.faults = [Fault(), Fault(stall_after=1_000_000)]
     async with pulling(app) as lines:
         await anext(lines)
         await asyncio.to_thread(hub.wait_stalled)
+        await asyncio.to_thread(wait_for_bytes, tmp_path)
     # It ends without waiting for the server; the next pull waits for its end.
     lines_after = await app.lines("/api/pull", {"model": "hf.co/org/Chain-GGUF"})
     hub.go_on()
