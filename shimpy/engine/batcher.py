@@ -320,7 +320,7 @@ class Batcher:
         self._drop_idle()
         while self._running:
             generating, prefilling = self._ready()
-            if self._turns is not None:
+            if prefilling and self._turns is not None:
                 n_busy, is_alone = self._slots.n_cells_busy(), not generating
                 prefilling = self._turns.without_held(prefilling, n_busy, now, is_alone=is_alone)
             n_prefill = self._make_room(generating, prefilling)
