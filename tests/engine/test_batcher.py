@@ -55,11 +55,19 @@ class Bench:
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
             if chunk.wants_logits and not self.batcher.on_token(sequence, 9):
                 self.batcher.finish(sequence)
-        self.batcher.on_timed(batch, self.token_s * batch.n_prefill)
+        self.batcher.on_timed(batch, self.took_s(batch))
         return {
             sequence: len(chunk.tokens)
             for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True)
         }
+
+    def took_s(self, batch: Batch) -> float:
+        return self.token_s * batch.n_prefill
+
+    def run(self) -> None:
+        """Run all to their ends."""
+        while self.batcher.n_running or self.batcher.n_waiting:
+            self.step()
 
 
 def test_alone_a_prompt_fills_the_batch() -> None:
@@ -192,8 +200,7 @@ def test_a_request_that_needs_the_whole_context_gets_it_when_alone() -> None:
 def test_idle_caches_give_way_before_anyone_waits() -> None:
     bench = Bench(n_ctx=1000)
     bench.submit(600, n_predict=1)
-    while bench.batcher.n_running or bench.batcher.n_waiting:
-        bench.step()
+    bench.run()
     assert bench.batcher.n_kv_used == 600
     second = bench.submit(900)
     bench.step()
@@ -238,8 +245,7 @@ def test_after_the_cache_was_lost_all_go_on_even_if_they_shared_it() -> None:
     bench.step()
     assert bench.batcher.n_running == 3
     bench.batcher.on_kv_refused()
-    while bench.batcher.n_running or bench.batcher.n_waiting:
-        bench.step()
+    bench.run()
     assert [sequence.n_generated for sequence in sequences] == [20] * 3
 
 
@@ -291,8 +297,7 @@ def test_a_follower_shares_before_its_leader_shifts() -> None:
 def test_a_full_context_ends_a_sequence() -> None:
     bench = Bench(n_ctx=400)
     sequence = bench.submit(390)
-    while bench.batcher.n_running or bench.batcher.n_waiting:
-        bench.step()
+    bench.run()
     assert (len(sequence.tokens), sequence.n_generated) == (400, 10)
 
 
@@ -320,8 +325,7 @@ def test_what_a_shift_keeps_is_bounded(n_keep: int, kept: int) -> None:
 def test_a_model_that_cant_shift_ends_there() -> None:
     bench = Bench(n_ctx=400, can_shift=False)
     sequence = bench.submit(390, n_keep=4)
-    while bench.batcher.n_running or bench.batcher.n_waiting:
-        bench.step()
+    bench.run()
     assert len(sequence.tokens) == 400
 
 

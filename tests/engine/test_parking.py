@@ -56,8 +56,7 @@ class Parker(Bench):
         """Run a prompt to its end; return it."""
         start = self.submit_tokens if isinstance(n_tokens, list) else self.submit
         sequence: Sequence = start(n_tokens, n_predict=n_predict)  # type: ignore[operator]
-        while self.batcher.n_running or self.batcher.n_waiting:
-            self.step()
+        self.run()
         return sequence
 
 
@@ -190,8 +189,7 @@ def test_a_slot_that_is_wanted_is_copied_even_when_copies_took_long() -> None:
     """But of an answer whose cells lie between others' only the prompt."""
     bench = Parker(n_slots=2)
     first, second = bench.submit(200, n_predict=60), bench.submit(200, n_predict=60)
-    while bench.batcher.n_running or bench.batcher.n_waiting:
-        bench.step()
+    bench.run()
     bench.copy_s = 1e9
     long = bench.submit(400, n_predict=5)
     bench.submit(300, n_predict=5)

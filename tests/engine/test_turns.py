@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shimpy.engine.attention import Attention
-from shimpy.engine.sequence import Sequence
+from shimpy.engine.batcher import Batch
 from shimpy.engine.turns import LONG
 from tests.engine.test_parking import Parker
 
@@ -40,25 +40,10 @@ def test_nothing_is_known_of_depth_from_one_depth() -> None:
 class Machine(Parker):
     """Batches take as long as those of a dense 200M model on one thread."""
 
-    def step(self) -> dict[Sequence, int]:
-        batch = self.plan()
-        self.batcher.on_decoded(batch)
-        shares = {}
-        for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
-            shares[sequence] = len(chunk.tokens)
-            if chunk.wants_logits and not self.batcher.on_token(sequence, 9):
-                self.batcher.finish(sequence)
-        took_s = taken_s(sum(shares.values()), batch.depth)
+    def took_s(self, batch: Batch) -> float:
+        took_s = taken_s(sum(len(chunk.tokens) for chunk in batch.chunks), batch.depth)
         self.now += took_s
-        self.batcher.on_timed(batch, took_s)
-        return shares
-
-    def run(self) -> list[set[Sequence]]:
-        """Run all to their ends; return which prompts of more than one token each batch had."""
-        batches = []
-        while self.batcher.n_running or self.batcher.n_waiting:
-            batches.append({sequence for sequence, n in self.step().items() if n > 1})
-        return batches
+        return took_s
 
 
 def test_long_prompts_take_turns_once_it_is_known_what_depth_costs() -> None:
