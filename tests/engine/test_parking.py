@@ -54,8 +54,10 @@ class Parker(Bench):
 
     def answer(self, n_tokens: int | list[int], n_predict: int = 1) -> Sequence:
         """Run a prompt to its end; return it."""
-        start = self.submit_tokens if isinstance(n_tokens, list) else self.submit
-        sequence: Sequence = start(n_tokens, n_predict=n_predict)  # type: ignore[operator]
+        if isinstance(n_tokens, list):
+            sequence = self.submit_tokens(n_tokens, n_predict=n_predict)
+        else:
+            sequence = self.submit(n_tokens, n_predict=n_predict)
         self.run()
         return sequence
 
