@@ -75,24 +75,23 @@ def _lines(settings: dict[str, Any]) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     for key, value in settings.pop("parameters", {}).items():
         items = value if isinstance(value, list) else [value]
-        lines += [(key, _typed(item)) for item in items]
-    for key, value in settings.items():
-        name = key.removesuffix("_s")
-        shown = ",".join(value) if key == "aliases" else _typed(value)
-        lines.append((name, typed_seconds(value) if name == "keep_alive" else shown))
+        lines += [(key, typed(key, item)) for item in items]
+    for field, value in settings.items():
+        key = field.removesuffix("_s")
+        lines.append((key, typed(key, value)))
     return lines
 
 
-def typed_seconds(seconds: float) -> str:
-    """Return a keep_alive as it would be typed."""
-    from shimpy.units import format_duration
-
-    return "-1" if seconds < 0 else format_duration(seconds)
-
-
-def _typed(value: Any) -> str:
+def typed(key: str, value: Any) -> str:
+    """Return a setting's value as it would be typed for KEY=VALUE."""
     import json
 
+    from shimpy.units import format_duration
+
+    if key == "keep_alive":
+        return "-1" if value < 0 else format_duration(value)
+    if key == "aliases":
+        return ",".join(value)
     if isinstance(value, bool):
         return "on" if value else "off"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

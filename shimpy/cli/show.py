@@ -45,6 +45,8 @@ def _print_part(model: str, part: str, text: str) -> None:
 
 def print_sections(shown: dict[str, Any]) -> None:
     """Print what `show` answers, section by section."""
+    from shimpy.cli.set_settings import typed
+
     details, info = shown["details"], shown["model_info"]
     arch = info.get("general.architecture", details["family"])
     _print_section(
@@ -77,22 +79,13 @@ def print_sections(shown: dict[str, Any]) -> None:
     lines = (shown.get("parameters") or "").splitlines()
     _print_section("Parameters", [(name, " ".join(rest)) for name, *rest in map(_words, lines)])
     settings = shown.get("settings") or {}
-    _print_section("Settings", [(k, _typed(k, v)) for k, v in settings.items() if k != "aliases"])
+    _print_section("Settings", [(k, typed(k, v)) for k, v in settings.items() if k != "aliases"])
     problem = shown.get("template_problem")
     _print_section("Template", [("not used: " + problem, "")] if problem else [])
     _print_section("Aliases", [(alias, "") for alias in shown.get("aliases") or ()])
     _print_section("System", [(line, "") for line in (shown.get("system") or "").splitlines()])
     license_lines = (shown.get("license") or "").splitlines()[:2]
     _print_section("License", [(line, "") for line in license_lines])
-
-
-def _typed(key: str, value: Any) -> Any:
-    """Return a setting's value as `shimpy set` takes it."""
-    from shimpy.cli.set_settings import typed_seconds
-
-    if key == "keep_alive":
-        return typed_seconds(value)
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 def _words(line: str) -> list[str]:

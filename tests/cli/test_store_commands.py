@@ -7,9 +7,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from shimpy.cli.set_settings import typed
 from tests.daemon import Daemon, running_daemon
 from tests.synthetic import CHAIN_TEXT
 
@@ -118,11 +120,28 @@ def test_settings_are_set_shown_and_taken_back(daemon: Daemon, tmp_path: Path) -
     }
     table = dict(line.split(None, 1) for line in done.stdout.splitlines() if " " in line)
     assert (table["num_ctx"], table["cpu_moe"], table["keep_alive"]) == ("512", "on", "10m0s")
+    shown = {" ".join(line.split()) for line in daemon.shimpy("show", "chain").stdout.splitlines()}
+    assert {"cpu_moe on", "keep_alive 10m0s", "notes 12"} <= shown
     undone = daemon.shimpy(
         "set", "chain", "--unset", "n_ctx", "--unset", "stop", "--unset", "system",
         "--unset", "cpu_moe", "--unset", "keep_alive", "--unset", "temperature", "--unset", "notes",
     )  # fmt: skip
     assert (undone.returncode, undone.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("keep_alive", 600.0, "10m0s"),
+        ("keep_alive", -1.0, "-1"),
+        ("aliases", ["a", "b:c"], "a,b:c"),
+        ("raw", False, "off"),
+        ("cpu_moe", 3, "3"),
+        ("notes", "für Bär", "für Bär"),
+    ],
+)
+def test_a_setting_is_shown_as_it_would_be_typed(key: str, value: Any, text: str) -> None:
+    assert typed(key, value) == text
 
 
 @pytest.mark.parametrize("pair", ["num_ctx", "=3", "nope=1", "top_p=7", "system=@/nowhere"])
