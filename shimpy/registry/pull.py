@@ -158,7 +158,7 @@ class Puller:
         )
         candidate = offers[id(choice.offer)]
         if len(source.candidates) > 1:
-            work.report(Step(status=_describe(choice, source)))
+            work.say(_describe(choice, source))
         verdict = choice.verdict or weigh(choice.offer)
         work.report(Planned(name=candidate.name, verdict=verdict))
         if not verdict.fits and not work.force:
@@ -191,7 +191,7 @@ class Puller:
         self, candidate: Candidate, source: Source, digests: dict[str, str], work: _Work
     ) -> Manifest:
         """Write the manifest of a model whose files are there; errors as `pull`."""
-        work.report(Step(status="verifying sha256 digest"))
+        work.say("verifying sha256 digest")
         offer, blobs = candidate.offer, self._store.blobs
         try:
             describe_model(read_files([blobs.path(digests[file.path]) for file in offer.files]))
@@ -200,7 +200,7 @@ class Puller:
                 self._discard(digests)
                 raise
         work.stop.check()
-        work.report(Step(status="writing manifest"))
+        work.say("writing manifest")
         aliases = [str(alias) for alias in source.aliases if alias != candidate.name]
         own = ModelSettings(aliases=tuple(aliases) or None)
         manifest = Manifest(
