@@ -1,6 +1,15 @@
 from __future__ import annotations
 
-from tests.benchmarks.peers.targets import at_least, at_most, summary, verdicts
+import pytest
+
+from tests.benchmarks.peers.targets import (
+    Target,
+    Verdict,
+    at_least,
+    at_most,
+    summary,
+    verdicts,
+)
 
 ROUNDS = [
     {"shimpy": {"ttft_ms": 10.0, "tok_per_s": 90.0}, "bare": {"tok_per_s": 100.0}},
@@ -19,15 +28,28 @@ def test_who_was_not_there_is_no_target() -> None:
     assert not list(verdicts("work", [at_least("tok_per_s", 1, "xllamacpp")], ROUNDS))
 
 
-def test_what_the_bare_loop_does_not_reach_is_no_target() -> None:
-    numbers = {"bare": 125.0, "llama_cpp.server": 100.0}
-    rounds = [{who: {"tok_per_s": n} for who, n in numbers.items()} for _ in range(3)]
-    for shimpy, is_met in ((120, False), (122, True), (160, True)):
-        for one in rounds:
-            one["shimpy"] = {"tok_per_s": shimpy}
-        (found,) = verdicts("work", [at_least("tok_per_s", 1.5, "llama_cpp.server")], rounds)
-        assert found.is_met == is_met
-        assert str(found).endswith("(the bare loop: 1.25)") == (shimpy < 150)
+@pytest.mark.parametrize(
+    ("target", "shimpy", "end"),
+    [
+        (at_least("tok_per_s", 1.5, "llama_cpp.server"), 120, "(the bare loop: 1.25)"),
+        (at_least("tok_per_s", 1.5, "llama_cpp.server"), 122, "(as good as the bare loop: 1.25)"),
+        (at_least("tok_per_s", 1.5, "llama_cpp.server"), 149, "(as good as the bare loop: 1.25)"),
+        (at_least("tok_per_s", 1.5, "llama_cpp.server"), 150, ">= 1.5"),
+        (at_most("tok_per_s", 0.5, "llama_cpp.server"), 129, "(the bare loop: 1.25)"),
+        (at_most("tok_per_s", 0.5, "llama_cpp.server"), 128, "(as good as the bare loop: 1.25)"),
+        (at_most("tok_per_s", 0.5, "llama_cpp.server"), 50, "<= 0.5"),
+    ],
+)
+def test_to_be_as_good_as_the_bare_loop_is_told_but_meets_nothing(
+    target: Target, shimpy: float, end: str
+) -> None:
+    numbers = {"shimpy": shimpy, "bare": 125.0, "llama_cpp.server": 100.0}
+    rounds = [{who: {"tok_per_s": n} for who, n in numbers.items()}]
+    (found,) = verdicts("work", [target], rounds)
+    assert found.is_met == end.endswith(f" {target.bound}")
+    assert found.is_at_limit == end.startswith("(as good")
+    assert str(found).startswith("met" if found.is_met else "MISSED")
+    assert str(found).endswith(end)
 
 
 def test_what_was_missed_is_told_last() -> None:
@@ -37,4 +59,16 @@ def test_what_was_missed_is_told_last() -> None:
         "met 20 work: ttft_ms <= 20",
         "MISSED 1 work: tok_per_s by bare >= 1.5",
         "1 of 2 targets are met",
+    ]
+
+
+def test_what_was_missed_with_the_bare_loop_is_counted_by_itself() -> None:
+    target = at_least("tok_per_s", 1.5, "xllamacpp")
+    found = [Verdict("work", target, n, bare=1.25) for n in (1.0, 1.25, 1.5, 1.3)]
+    assert summary(found).splitlines() == [
+        "met 1.5 work: tok_per_s by xllamacpp >= 1.5",
+        "MISSED 1.25 work: tok_per_s by xllamacpp >= 1.5 (as good as the bare loop: 1.25)",
+        "MISSED 1.3 work: tok_per_s by xllamacpp >= 1.5 (as good as the bare loop: 1.25)",
+        "MISSED 1 work: tok_per_s by xllamacpp >= 1.5 (the bare loop: 1.25)",
+        "1 of 4 targets are met; in 2 more shimpy is as good as the bare loop",
     ]
