@@ -14,6 +14,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from shimpy.engine.backend import Chunk, DecodeStatus, FimRole
@@ -84,11 +85,13 @@ class FakeBackend:
         can_shift: bool = True,
         has_encoder: bool = False,
         has_window: bool = False,
+        kv_unified: bool = True,
         n_cells: int | None = None,
         script: Sequence[int] | None = None,
     ) -> None:
         self.n_ctx = n_ctx
         self.n_slots = n_slots
+        self.kv_unified = kv_unified
         self.n_batch = n_batch
         self.can_split = can_split
         self.can_shift = can_shift
@@ -98,16 +101,22 @@ class FakeBackend:
         self.script = script
         self.end_ids = [EOS] if has_encoder else []
         self.between_ids = [EOS] if has_encoder else []
-        # Fewer than n_ctx: a cache that is full sooner than the batcher can know.
-        self._n_cells = n_ctx if n_cells is None else n_cells
+        self.n_all = n_ctx if kv_unified else n_ctx * n_slots
+        # Fewer than all: a cache that is full sooner than the batcher can know.
+        self._n_cells = self.n_all if n_cells is None else n_cells
         self._kv: list[dict[int, _Cell]] = [{} for _ in range(n_slots)]
         # Tokens of each slot that came from a file without what had left the window.
         self._n_whole = [0] * n_slots
+        # Moved positions, whose keys are turned with the next batch.
+        self._is_shifted = [False] * n_slots
         self._rows: list[int] = []
         self.n_used = 0
         self.most_used = 0
         # Every batch, as (slot, start, tokens).
         self.batches: list[list[tuple[int, int, list[int]]]] = []
+        # How often the weights were passed over: once a batch, but for slots that lie apart.
+        self.n_passes = 0
+        self.n_exchanges = 0
         self.embedded: list[list[list[int]]] = []
         self.threads: list[int] = []
         self.n_open_samplers = 0
@@ -154,6 +163,7 @@ class FakeBackend:
         _demand(len(set(slots)) == len(slots), f"a slot is in two sequences: {slots}")
         for chunk in chunks:
             self._check(chunk)
+        self._is_shifted = [False] * self.n_slots
         index = len(self.batches)
         self.batches.append([(c.slot, c.start, list(c.tokens)) for c in chunks])
         if index in self.failing_decodes:
@@ -163,14 +173,20 @@ class FakeBackend:
         if index in self.aborting_decodes:
             return DecodeStatus.ABORTED
         if self.n_used + n_tokens > self._n_cells:
-            _demand(self._n_cells < self.n_ctx, "the KV cache is over its budget")
+            _demand(self._n_cells < self.n_all, "the KV cache is over its budget")
             return DecodeStatus.KV_FULL
         self._rows = []
+        self.n_passes += self._n_runs(slots)
         for chunk in chunks:
             self._add(chunk.slot, chunk.start, chunk.tokens)
             if chunk.wants_logits:
                 self._rows.append(self._state(chunk.slot))
         return DecodeStatus.OK
+
+    def _n_runs(self, slots: list[int]) -> int:
+        if self.kv_unified:
+            return 1
+        return 1 + sum(after != slot + 1 for slot, after in pairwise(slots))
 
     def _check(self, chunk: Chunk) -> None:
         _demand(0 <= chunk.slot < self.n_slots, f"slot {chunk.slot}")
@@ -231,19 +247,35 @@ class FakeBackend:
         if not cell.holders:
             self.n_used -= 1
 
-    def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
+    def kv_copy(self, source: int, target: int, n: int) -> bool:
         _demand(source != target, "a copy onto itself")
         _demand(not self._kv[target], f"slot {target} is not empty")
-        _demand(self.can_split or end == len(self._kv[source]), "a part of a recurrent state")
-        for position in range(start, end):
+        _demand(self.can_split or n == len(self._kv[source]), "a part of a recurrent state")
+        for position in range(n):
             _demand(position in self._kv[source], f"slot {source} has no position {position}")
             cell = self._kv[source][position]
-            cell.holders.add(target)
-            self._kv[target][position] = cell
+            if self.kv_unified:
+                cell.holders.add(target)
+                self._kv[target][position] = cell
+            else:
+                self._add(target, position, [cell.token])
         self._n_whole[target] = self._n_whole[source]
+        return True
+
+    def kv_exchange(self, first: int, second: int) -> bool:
+        _demand(not self.kv_unified, "the slots have the same cells")
+        _demand(not (self._is_shifted[first] or self._is_shifted[second]), "a shift is lost")
+        self.n_exchanges += 1
+        for of in (self._kv, self._n_whole):
+            of[first], of[second] = of[second], of[first]
+        for slot in (first, second):
+            for cell in self._kv[slot].values():
+                cell.holders = {slot}
+        return True
 
     def kv_shift(self, slot: int, start: int, end: int, delta: int) -> None:
         _demand(self.can_shift, "the model can't shift")
+        self._is_shifted[slot] = True
         kv = self._kv[slot]
         moved = {position: kv.pop(position) for position in range(start, end)}
         for position, cell in moved.items():
@@ -264,7 +296,8 @@ class FakeBackend:
 
     def load_state(self, slot: int, path: str, n_tokens: int) -> bool:
         _demand(not self._kv[slot], f"slot {slot} is not empty")
-        _demand(self.n_used + n_tokens <= self.n_ctx, "the KV cache is over its budget")
+        _demand(self.n_used + n_tokens <= self.n_all, "the KV cache is over its budget")
+        _demand(n_tokens <= self.n_ctx, "a prefix over the context")
         if self.fails_to_load:
             return False
         tokens = array("i", Path(path).read_bytes()[: 4 * n_tokens])

@@ -49,9 +49,11 @@ class Sampler(Protocol):
 
 
 class Backend(Protocol):
-    """A loaded model with one context of `n_slots` sequences in a unified KV cache."""
+    """A loaded model with one context of `n_slots` sequences."""
 
+    # Tokens that all slots share where the KV cache is unified; else those of each slot.
     n_ctx: int
+    kv_unified: bool
     n_ctx_train: int
     n_slots: int
     n_batch: int
@@ -110,8 +112,14 @@ class Backend(Protocol):
     def kv_remove(self, slot: int, start: int, end: int) -> bool:
         """Drop the positions [start, end) of a slot; end -1: to its end. False: it can't."""
 
-    def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Let `target` share the positions [start, end) of `source`."""
+    def kv_copy(self, source: int, target: int, n: int) -> bool:
+        """Let `target`, which is empty, have the first `n` positions of `source` too.
+
+        In a unified cache they are the same cells. False: it can't.
+        """
+
+    def kv_exchange(self, first: int, second: int) -> bool:
+        """Let two slots with cells of their own exchange all that they hold. False: it can't."""
 
     def kv_shift(self, slot: int, start: int, end: int, delta: int) -> None:
         """Move the positions [start, end) of a slot by `delta`."""
@@ -161,7 +169,7 @@ class Backend(Protocol):
 
 
 def n_ctx_seq(backend: Backend) -> int:
-    """Return the tokens that one sequence may have: the KV cache may hold several such.
+    """Return the tokens that one sequence may have: `n_ctx` may be several such.
 
     Past the length that a model was trained for it writes nonsense.
     """

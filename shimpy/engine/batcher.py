@@ -73,15 +73,17 @@ class Batcher:
         n_batch: int,
         can_split: bool,
         can_shift: bool,
+        kv_unified: bool = True,
         saved: SavedPrefixes | None = None,
         attends_idle: bool = False,
         can_park: bool = False,
     ) -> None:
         """Start with empty slots.
 
-        `saved`: the prefixes that can be restored; the caller adds and discards them.
-        `attends_idle`: what idle slots hold slows down those that are busy. `can_park`: it can
-        be copied to RAM, for which the batcher then asks.
+        `n_ctx`: the cells of all slots together, which they share if `kv_unified`. `saved`: the
+        prefixes that can be restored; the caller adds and discards them. `attends_idle`: what
+        idle slots hold slows down those that are busy. `can_park`: it can be copied to RAM, for
+        which the batcher then asks.
         """
         self._n_ctx = n_ctx
         # Of these cells, those that one sequence may take.
@@ -89,12 +91,14 @@ class Batcher:
         self._n_batch = n_batch
         self._can_shift = can_shift
         self._attends_idle = attends_idle
-        self._parking = Parking() if attends_idle and can_park else None
+        self._parking = Parking() if can_park else None
         self._saved = SavedPrefixes(whole=True) if saved is None else saved
         self._pace = Pace(n_batch)
         self._turns = Turns() if attends_idle else None
         # A batch has room for one token of each sequence.
-        self._slots = Slots(min(n_slots, n_batch), n_ctx, can_split=can_split)
+        n_slots = min(n_slots, n_batch)
+        self._slots = Slots(n_slots, n_ctx, can_split=can_split, kv_unified=kv_unified)
+        self._kv_unified = kv_unified
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._full: list[Sequence] = []
@@ -104,6 +108,8 @@ class Batcher:
         self._is_blocked = False
         # Streams get a batch between two of each.
         self._may_restore = self._may_copy = True
+        # Of prompts and streams that have batches in turn.
+        self._is_prompts_turn = False
 
     @property
     def n_running(self) -> int:
@@ -141,7 +147,7 @@ class Batcher:
             n = len(chunk.tokens)
             sequence.n_kv += n
             grow(chunk.slot, n)
-        self._slots.n_mixed += len(batch.chunks) > 1
+        self._slots.n_mixed += self._kv_unified and len(batch.chunks) > 1
 
     def on_timed(self, batch: Batch, elapsed_s: float) -> None:
         """Learn from how long a batch took; who waits for its tokens need not wait for this."""
@@ -231,7 +237,7 @@ class Batcher:
             self._parking is not None
             and not self._running
             and not self._waiting
-            and bool(self._slots.unsettled())
+            and bool(self._unsettled())
         )
 
     def next_copy(self) -> Park | None:
@@ -241,7 +247,17 @@ class Batcher:
         """
         assert self._parking is not None, "nothing may be copied"
         self._parking.on_quiet()
-        return self._choose_copy(self._slots.unsettled(), may_cut=False)
+        return self._choose_copy(self._unsettled(), may_cut=False)
+
+    def _unsettled(self) -> list[IdleCache]:
+        """Return what idles and may have to leave the KV cache for the next that comes.
+
+        Where it costs the others nothing, that is what the next slot to be emptied holds.
+        """
+        if self._attends_idle:
+            return self._slots.unsettled()
+        emptied = self._slots.next_emptied(Match(), for_restore=False)
+        return [cache for cache in self._slots.unsettled() if cache.slot == emptied]
 
     def _copy_emptied(self, match: Match, *, for_restore: bool = False) -> Park | None:
         """Return the copy to make before the next in the queue gets a slot, of what that holds."""
@@ -255,27 +271,29 @@ class Batcher:
 
     def _copy_beside(self) -> Park | None:
         """Return what to copy to RAM before the next batch."""
-        if self._parking is None or not self._slots.is_unsettled:
+        if self._parking is None or not self._attends_idle or not self._slots.is_unsettled:
             return None
-        if not (self._running or self._waiting) or not self._is_copy_due():
+        if not (self._running or self._waiting) or not self._is_copy_due(fills_up=True):
             return None
         if not self._may_copy and any(one.n_generated for one in self._running):
             return None
         self._may_copy = False
         return self._choose_copy(self._slots.unsettled(but=self._wanted()), may_cut=True)
 
-    def _is_copy_due(self) -> bool:
+    def _is_copy_due(self, *, fills_up: bool = False) -> bool:
         """Whether what runs and waits can bear that a cache is copied now.
 
-        Not where somebody would only wait longer for a first token: where idle caches lie in
-        cells that the prompts attend to in any case.
+        With `fills_up` not where somebody would only wait longer for a first token: where idle
+        caches lie in cells that the prompts attend to in any case.
         """
         assert self._parking is not None
-        n_busy = self._slots.n_cells_busy()
-        n_idle = self._slots.cells.n_used - n_busy
         n_prefill = sum(one.n_pending for one in self._running if not one.n_generated)
         n_prefill += sum(len(one.tokens) for one in islice(self._waiting, self._slots.n))
-        if n_prefill and n_idle <= -(n_busy + n_prefill) % ATTENDED_CELLS:
+        if not n_prefill:
+            return self._parking.is_due(0, 0)
+        n_busy = self._slots.n_cells_busy()
+        n_idle = self._slots.cells.n_used - n_busy
+        if fills_up and n_idle <= -(n_busy + n_prefill) % ATTENDED_CELLS:
             return False
         return self._parking.is_due(n_prefill, n_idle)
 
@@ -292,7 +310,8 @@ class Batcher:
 
     def _drop_idle(self) -> None:
         """Let idle slots cost what runs nothing, or little."""
-        if self._parking is not None and self._slots.is_unsettled and self._running:
+        is_wanted = self._parking is not None and self._attends_idle and self._running
+        if is_wanted and self._slots.is_unsettled:
             self._slots.drop_spare(but=self._wanted())
 
     def _wanted(self) -> set[int]:
@@ -387,7 +406,8 @@ class Batcher:
             return None
         prefix, _ = best
         # It is held whole until the sequence has taken its part; the rest gives way then.
-        has_room = self._slots.n_cells_busy() + len(prefix.tokens) <= self._n_ctx
+        n_most = min(self._n_ctx_seq, self._n_ctx - self._slots.n_cells_busy())
+        has_room = len(prefix.tokens) <= n_most
         return prefix if has_room and self._fits(sequence, Match()) else None
 
     def _plan_restore(self, sequence: Sequence, match: Match, prefix: SavedPrefix) -> Restore:
@@ -399,9 +419,10 @@ class Batcher:
     def _fits(self, sequence: Sequence, match: Match) -> bool:
         """Whether a sequence's prompt and a margin fit beside all that runs.
 
-        Idle caches do not count: they give way. Alone, a sequence always fits.
+        Idle caches do not count: they give way. Alone, or with cells of its own, a sequence
+        always fits.
         """
-        if not self._running:
+        if not self._running or not self._kv_unified:
             return True
         n_left = sequence.n_predict - sequence.n_generated
         n_need = len(sequence.tokens) - match.n_from_busy + min(MARGIN, n_left)
@@ -449,13 +470,24 @@ class Batcher:
         now: float,
     ) -> Batch:
         self._may_restore = self._may_copy = True
-        chunks = [_chunk(sequence, 1) for sequence in generating]
-        sequences = [*generating]
+        if not self._kv_unified and generating and n_prefill:
+            # One batch would be two passes over the weights all the same, and a worse cut.
+            self._is_prompts_turn = not self._is_prompts_turn
+            if self._is_prompts_turn:
+                generating = []
+            else:
+                n_prefill = 0
+        self._slots.gather()
+        shares = [(sequence, 1) for sequence in generating]
         for sequence, n in _share_out(prefilling, n_prefill):
             if self._turns is not None:
                 self._turns.on_next(sequence, now)
-            chunks.append(_chunk(sequence, n))
-            sequences.append(sequence)
+            shares.append((sequence, n))
+        if not self._kv_unified:
+            # Only so llama.cpp computes those together that are in neighbouring slots.
+            shares.sort(key=_slot_of)
+        chunks = [_chunk(sequence, n) for sequence, n in shares]
+        sequences = [sequence for sequence, _ in shares]
         return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, self._depth(chunks))
 
     def _depth(self, chunks: list[Chunk]) -> int:
@@ -471,6 +503,12 @@ def _chunk(sequence: Sequence, n: int) -> Chunk:
     start = sequence.n_kv
     tokens = sequence.tokens[start : start + n]
     return Chunk(sequence.slot.id, start, tokens, start + n == len(sequence.tokens))
+
+
+def _slot_of(share: tuple[Sequence, int]) -> int:
+    slot = share[0].slot
+    assert slot is not None
+    return slot.id
 
 
 def _share_out(prefilling: list[Sequence], n_tokens: int) -> list[tuple[Sequence, int]]:

@@ -1,8 +1,9 @@
-"""Which cells of the unified KV cache each slot holds, counted beside llama.cpp.
+"""Which cells of the KV cache each slot holds, counted beside llama.cpp.
 
 A cell keeps one token's keys and values. A slot that shares another's prefix holds the same
 cells (llama_memory_seq_cp adds a sequence to a cell and copies nothing), and a cell is free
-once no slot holds it. Neighbouring cells with the same holders are counted as one run.
+once no slot holds it. Neighbouring cells with the same holders are counted as one run. Where
+each slot has cells of its own, none are shared.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ class Cells:
         for run in shared:
             run.n_holders += 1
         self._runs[target] = shared
+
+    def exchange(self, first: int, second: int) -> None:
+        """Let two slots have each other's cells."""
+        runs = self._runs
+        runs[first], runs[second] = runs[second], runs[first]
 
     def remove(self, slot: int, start: int, end: int | None = None) -> None:
         """Take the cells [start, end) from a slot; end None: to its end."""

@@ -22,7 +22,7 @@ from shimpy.engine.outbox import Outbox
 from shimpy.engine.parked import ParkedPrefixes
 from shimpy.engine.parking import QUIET_S
 from shimpy.engine.prefix_store import PrefixStore
-from shimpy.engine.sequence import KvCopy, KvOp, KvRemove, KvShift, Sequence
+from shimpy.engine.sequence import KvCopy, KvExchange, KvOp, KvRemove, KvShift, Sequence
 from shimpy.engine.text_embeddings import TextEmbeddings
 from shimpy.errors import ProtocolError, QueueFullError, ShimpyError, WorkerError
 from shimpy.protocol.messages import (
@@ -72,11 +72,12 @@ class Engine:
         self._clock = clock
         self._batcher = Batcher(
             n_slots=backend.n_slots,
-            n_ctx=backend.n_ctx,
+            n_ctx=backend.n_ctx * (1 if backend.kv_unified else backend.n_slots),
             n_ctx_seq=n_ctx_seq(backend),
             n_batch=min(backend.n_batch, max(n_ubatch, backend.n_slots)),
             can_split=backend.can_split,
             can_shift=backend.can_shift,
+            kv_unified=backend.kv_unified,
             saved=None if store is None else store.saved,
             attends_idle=attends_idle,
             can_park=parked is not None,
@@ -250,10 +251,14 @@ class Engine:
             case KvRemove():
                 return self._backend.kv_remove(op.slot, op.start, op.end)
             case KvCopy():
-                self._backend.kv_copy(op.source, op.target, 0, op.n)
+                return self._backend.kv_copy(op.source, op.target, op.n)
+            case KvExchange():
+                return self._backend.kv_exchange(op.first, op.second)
             case KvShift():
                 self._backend.kv_shift(op.slot, op.start, op.end, op.delta)
-        return True
+                return True
+            case _:
+                assert_never(op)
 
     def _make_room(self) -> None:
         sequence = self._batcher.on_kv_full()

@@ -24,7 +24,7 @@ class KvRemove:
 
 @dataclass(frozen=True, slots=True)
 class KvCopy:
-    """Let `target`, which is empty, share the first `n` positions of `source`."""
+    """Let `target`, which is empty, have the first `n` positions of `source` too."""
 
     source: int
     target: int
@@ -41,7 +41,15 @@ class KvShift:
     delta: int
 
 
-KvOp = KvRemove | KvCopy | KvShift
+@dataclass(frozen=True, slots=True)
+class KvExchange:
+    """Let two slots exchange all that they hold."""
+
+    first: int
+    second: int
+
+
+KvOp = KvRemove | KvCopy | KvShift | KvExchange
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

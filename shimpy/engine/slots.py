@@ -10,10 +10,12 @@ from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 
 from shimpy.engine.cells import Cells
+from shimpy.engine.gather import exchanges
 from shimpy.engine.sequence import (
     ALL,
     IdleCache,
     KvCopy,
+    KvExchange,
     KvOp,
     KvRemove,
     KvShift,
@@ -27,6 +29,9 @@ MIN_FOLLOW = 64
 # Fewer tokens are not shared: a start token that all have would keep its cell for ever, and
 # attention that looks at all cells goes up to the last one that is kept, however few are.
 MIN_SHARED = 16
+# Where each slot has cells of its own, a part of another's is shared by a copy of all of it:
+# that may have so many times the tokens.
+MAX_COPIED = 16
 # Idle caches give way in pieces of this many cells, from their ends.
 EVICT_CELLS = 256
 # llama.cpp attends to so many cells or a multiple of it (llama_kv_cache::get_n_kv); a sequence
@@ -38,15 +43,22 @@ _GROWTH = 64
 class Slots:
     """All slots and their cells."""
 
-    def __init__(self, n_slots: int, n_cells: int, *, can_split: bool) -> None:
+    def __init__(
+        self, n_slots: int, n_cells: int, *, can_split: bool, kv_unified: bool = True
+    ) -> None:
+        """Start with empty ones; `n_cells` are those of all together.
+
+        `kv_unified`: they share them, and what they share with each other is there once.
+        """
         self.cells = Cells(n_slots, n_cells)
         self._slots = [Slot(index) for index in range(n_slots)]
         self._can_split = can_split
+        self._kv_unified = kv_unified
         self._ops: list[KvOp] = []
         self._tick = 0
         # Idle slots may hold something that was not looked at yet, or is to be dropped.
         self.is_unsettled = False
-        # Batches of more than one sequence.
+        # Batches of more than one sequence, whose cells lie mixed.
         self.n_mixed = 0
 
     @property
@@ -98,7 +110,7 @@ class Slots:
     def _match(self, slot: Slot, sequence: Sequence) -> Match:
         owner = slot.sequence
         known = slot.tokens if owner is None else owner.tokens
-        n_kv = len(slot.tokens) if owner is None else owner.n_kv
+        n_kv = _n_held(slot)
         n_common = common_prefix(known, sequence.tokens)
         n_common = min(n_common, len(sequence.tokens) - 1, slot.n_exact)
         if n_common < slot.n_whole:
@@ -109,6 +121,8 @@ class Slots:
         n_now = min(n_common, n_kv)
         is_shared = owner is not None or _is_part(n_now, n_kv)
         if is_shared and n_common < MIN_SHARED:
+            return Match()
+        if is_shared and not self._kv_unified and n_kv > MAX_COPIED * n_common:
             return Match()
         # Only an older one is waited for: no two can wait for each other.
         is_older = owner is not None and owner.order < sequence.order
@@ -155,7 +169,10 @@ class Slots:
             return
         assert sequence.slot is not None
         self._ops.append(KvCopy(source.id, sequence.slot.id, match.n_now))
-        self.cells.share(source.id, sequence.slot.id, match.n_now)
+        if self._kv_unified:
+            self.cells.share(source.id, sequence.slot.id, match.n_now)
+        else:
+            self.cells.grow(sequence.slot.id, match.n_now)
         sequence.slot.n_whole = source.n_whole
         self._count_reused(sequence, match.n_now)
 
@@ -192,6 +209,26 @@ class Slots:
             self._forget(slot)
             if slot.sequence is not None:
                 slot.sequence.n_kv = 0
+
+    def gather(self) -> None:
+        """Let slots that run be neighbours, where each has cells of its own.
+
+        Not right behind a shift, which llama.cpp carries out with the next batch: what is moved
+        before would never be shifted.
+        """
+        if self._kv_unified or any(isinstance(op, KvShift) for op in self._ops):
+            return
+        running = {slot.id for slot in self._slots if slot.sequence is not None}
+        n_tokens = [_n_held(slot) for slot in self._slots]
+        for first, second in exchanges(n_tokens, running):
+            self._exchange(self._slots[first], self._slots[second])
+
+    def _exchange(self, first: Slot, second: Slot) -> None:
+        if _n_held(first) or _n_held(second):
+            self._ops.append(KvExchange(first.id, second.id))
+        self.cells.exchange(first.id, second.id)
+        first.id, second.id = second.id, first.id
+        self._slots[first.id], self._slots[second.id] = first, second
 
     # --- what is saved, parked and restored ---
 
@@ -369,6 +406,11 @@ class Slots:
         sequence.n_kv = n
         if not sequence.n_preempted:
             sequence.n_cached = n
+
+
+def _n_held(slot: Slot) -> int:
+    """Return how many tokens of a slot are in the KV cache."""
+    return len(slot.tokens) if slot.sequence is None else slot.sequence.n_kv
 
 
 def _is_part(n: int, n_idle: int) -> bool:

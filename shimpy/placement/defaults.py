@@ -1,6 +1,7 @@
 """What the planner chooses where the user asked for nothing: context, slots, micro-batch.
 
-The context is the KV budget that all slots share, not what each of them gets. By default it
+The context is the KV budget that all slots share, not what each of them gets; only on a CPU
+with RAM to spare each gets as much (`search`). By default it
 is what one long text needs, 8192 tokens or the model's own limit, or 1024 tokens for each
 slot, whichever is more. Where memory is short it is halved down to 4096 before a slower
 placement is taken. With experts in RAM it is 8192 at most, and with layers in RAM 4096, since
@@ -21,6 +22,8 @@ from shimpy.protocol.messages import KvType, LoadMode
 
 N_SLOTS_GPU: Final = 16
 N_SLOTS_CPU: Final = 8
+# Fewer with cells for each are better than more that share them.
+N_SLOTS_APART: Final = 4
 # Each slot of a recurrent model holds its whole state, used or not.
 N_SLOTS_RECURRENT: Final = 4
 # LLAMA_MAX_SEQ (src/llama-cparams.h).

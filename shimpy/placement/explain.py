@@ -162,8 +162,11 @@ def _manner(placement: Placement) -> str:
 
 def _settings_line(placement: Placement) -> str:
     held = "page-locked" if placement.load_mode == "locked" else "mapped"
+    context = f"context {placement.n_ctx} shared by {placement.n_slots} slots"
+    if not placement.kv_unified:
+        context = f"{placement.n_slots} slots with a context of {placement.n_ctx} each"
     return (
-        f"settings: context {placement.n_ctx} shared by {placement.n_slots} slots, "
+        f"settings: {context}, "
         f"KV cache {placement.kv_type}, micro-batch {placement.n_ubatch}, weights in RAM {held}"
     )
 
@@ -211,6 +214,7 @@ def _rung_parts(rung: Rung) -> dict[str, Any]:
             "load_mode": placement.load_mode,
             "kv_type": placement.kv_type,
             "flash_attn": placement.flash_attn,
+            "kv_unified": placement.kv_unified,
             "tensor_split": list(placement.tensor_split),
         },
         "devices": [

@@ -41,9 +41,10 @@ KV_BLOCKS: Final[dict[KvType, tuple[int, int]]] = {
 class Context:
     """The settings of a llama_context that cost memory."""
 
-    # Tokens that all slots share: the KV cache is unified.
+    # Tokens that all slots share where the KV cache is unified; else those of each slot.
     n_ctx: int
     n_slots: int
+    kv_unified: bool = True
     n_ubatch: int
     kv_type: KvType = "f16"
     # Rows of logits per micro-batch (n_outputs_max); None: one per slot, as the engine asks for.
@@ -213,11 +214,14 @@ def kv_layer_bytes(shape: ModelShape, context: Context) -> tuple[int, ...]:
     """Return the bytes of each layer's KV cache and recurrent state.
 
     Source: llama_kv_cache and llama_kv_cache_iswa (src/llama-kv-cache*.cpp): one row of K and
-    one of V per cell; llama_memory_recurrent: one float32 state per sequence.
+    one of V per cell, of each stream where the cache is not unified; llama_memory_recurrent: one
+    float32 state per sequence.
     """
     n_cells, n_cells_swa = _n_cells(shape, context)
+    n_streams = 1 if context.kv_unified else context.n_slots
     return tuple(
-        (n_cells_swa if layer.is_swa else n_cells)
+        n_streams
+        * (n_cells_swa if layer.is_swa else n_cells)
         * (_row(layer.n_embd_k, context.kv_type) + _row(layer.n_embd_v, context.kv_type))
         + layer.state_bytes * context.n_slots
         for layer in shape.layers
@@ -228,6 +232,7 @@ def reservation(shape: ModelShape, context: Context) -> Reservation:
     """Return the sizes that llama.cpp reserves its compute buffers for."""
     n_cells, n_cells_swa = _n_cells(shape, context)
     return Reservation(
+        # A micro-batch of several streams has as many scores for each token.
         n_tokens=min(context.n_ctx, context.n_ubatch),
         n_kv=n_cells,
         n_kv_swa=n_cells_swa,
@@ -244,7 +249,10 @@ def pad_context(n_ctx: int) -> int:
 
 
 def _n_cells(shape: ModelShape, context: Context) -> tuple[int, int]:
-    """Return the cells of full and of windowed layers (llama-kv-cache-iswa.cpp, size_swa)."""
+    """Return the cells of full and of windowed layers (llama-kv-cache-iswa.cpp, size_swa).
+
+    Of one stream, where the cache is not unified.
+    """
     n_cells = pad_context(context.n_ctx)
     if context.swa_full or not shape.n_swa:
         return n_cells, n_cells

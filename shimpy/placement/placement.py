@@ -40,6 +40,7 @@ class Placement:
     n_cpu_moe: int
     # How many of those layers have experts at all.
     moe_layers_in_ram: int
+    # Tokens that all slots share, or that each has for itself where not `kv_unified`.
     n_ctx: int
     n_slots: int
     n_ubatch: int
@@ -47,6 +48,7 @@ class Placement:
     kv_type: KvType
     # Off where the CPU computes attention and has the memory to do without.
     flash_attn: bool = True
+    kv_unified: bool = True
     # Names of the devices in use, with the share of the layers of each; empty on a CPU.
     devices: tuple[str, ...] = ()
     tensor_split: tuple[float, ...] = ()

@@ -120,10 +120,13 @@ class Load(_Message, frozen=True):
     """Load a model; the first message to a worker, sent once."""
 
     path: str
+    # Tokens that all slots share, or that each has.
     n_ctx: int
     # All files of a split model in order; empty: `path` alone, or its name tells the others.
     shards: list[str] = []
     n_slots: int = 1
+    # The slots share the cells of the KV cache; False: each has its own.
+    kv_unified: bool = True
     n_batch: int = 2048
     n_ubatch: int = 512
     # Layers on the GPU, the output layer counted as one; 0: none.

@@ -64,6 +64,7 @@ def simulated_load(model: Model, setup: Setup) -> Load:
         shards=[str(path) for path in model.files] if len(model.files) > 1 else [],
         n_ctx=context.n_ctx,
         n_slots=context.n_slots,
+        kv_unified=context.kv_unified,
         # An embedding model computes a text whole: its batch is its micro-batch.
         n_batch=context.n_ubatch if embeds else max(N_BATCH, context.n_ubatch),
         n_ubatch=context.n_ubatch,

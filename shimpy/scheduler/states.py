@@ -126,7 +126,7 @@ class Resident:
 
     @property
     def parks(self) -> bool:
-        """Whether it copies idle caches to RAM: where attention is computed over them too."""
+        """Whether it copies idle caches to RAM: on a CPU, without flash attention."""
         shape = self.model.shape
         generates = shape is not None and not (shape.is_embedding or shape.is_reranker)
         return generates and not self.rung.placement.flash_attn

@@ -113,7 +113,7 @@ class Rig:
             embeds=embeds,
             prefixes=store,
             parked=self.parked if parked_bytes else None,
-            attends_idle=bool(parked_bytes),
+            attends_idle=bool(parked_bytes) and self.backend.kv_unified,
         )
 
     def _open(self, prefixes: Path) -> PrefixStore:

@@ -145,14 +145,25 @@ def test_a_recurrent_model_is_served_right_too(seed: int) -> None:
     check_all(rig, work, can_split=False, can_shift=False)
 
 
+@settings(max_examples=80, deadline=None)
+@given(seeds)
+def test_slots_with_cells_of_their_own_serve_right_too(seed: int) -> None:
+    """Whatever they exchange, nothing of it shows in a text; all that run are neighbours."""
+    work = Workload(seed)
+    rig = Rig(FakeBackend(**work.shape, kv_unified=False))
+    work.play(rig)
+    check_all(rig, work)
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.sets(st.integers(0, 80), max_size=6), st.sets(st.integers(0, 20), max_size=4))
 def test_failures_of_llama_cpp_hit_only_the_requests_they_touch(
-    seed: int, failing: set[int], refused: set[int]
+    kv_unified: bool, seed: int, failing: set[int], refused: set[int]
 ) -> None:
     """Decodes that raise and removals that are refused: the others' text is still right."""
     work = Workload(seed)
-    play_failing(work, FakeBackend(**work.shape), failing, refused)
+    play_failing(work, FakeBackend(**work.shape, kv_unified=kv_unified), failing, refused)
 
 
 def play_failing(
@@ -181,11 +192,14 @@ def test_a_cache_that_is_full_too_soon_costs_no_more_than_it_must(seed: int, n_h
     check_all(rig, work, "the KV cache of")
 
 
-KINDS = {
+KINDS: dict[str, dict[str, bool]] = {
     "attention": {},
     "window": {"has_window": True},
     "recurrent": {"can_split": False, "can_shift": False},
+    "own cells": {"kv_unified": False},
 }
+# Of these, what a request's answer depends on.
+SHAPES = KINDS | {"window": {}, "own cells": {}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,11 +213,10 @@ def test_prefixes_come_back_in_later_lives(kind: str, seed: int) -> None:
             work = Workload(seed + life)
             rig = Rig(FakeBackend(**work.shape, **KINDS[kind]), prefixes=Path(folder))
             work.play(rig, n_requests=8)
-            shape = {} if kind == "window" else KINDS[kind]
-            check_all(rig, work, **shape)
+            check_all(rig, work, **SHAPES[kind])
             rig.end()
             assert {news.kind for news in rig.news} <= {"saved", "restored"}
-            assert rig.backend.most_used <= work.shape["n_ctx"]
+            assert rig.backend.most_used <= rig.backend.n_all
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -221,10 +234,9 @@ def test_what_is_parked_and_comes_back_changes_no_text(
             rig = Rig(backend, prefixes=Path(folder), parked_bytes=limit)
             slow_down(rig, copy_s)
             work.play(rig, n_requests=12)
-            shape = {} if kind == "window" else KINDS[kind]
-            check_all(rig, work, **shape)
+            check_all(rig, work, **SHAPES[kind])
             assert rig.parked.n_bytes <= limit
-            assert backend.most_used <= work.shape["n_ctx"]
+            assert backend.most_used <= backend.n_all
             check_parked(rig)
             rig.end()
 
@@ -268,9 +280,9 @@ def test_failures_beside_copies_hit_only_the_requests_they_touch(
 
 
 @pytest.mark.parametrize("parked_bytes", [0, 1 << 20], ids=["kept", "parked"])
-@pytest.mark.parametrize("can_split", [True, False], ids=["attention", "recurrent"])
-def test_the_books_match_the_cache_after_each_step(can_split: bool, parked_bytes: int) -> None:
-    backend = FakeBackend(n_ctx=300, n_slots=3, can_split=can_split, can_shift=can_split)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_books_match_the_cache_after_each_step(kind: str, parked_bytes: int) -> None:
+    backend = FakeBackend(n_ctx=300, n_slots=3, **KINDS[kind])
     rig = Rig(backend, parked_bytes=parked_bytes)
     for request in range(12):
         rig.submit(request, STEMS[request % 4] + "x" * request, sampling=Sampling(seed=request))

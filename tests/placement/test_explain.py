@@ -29,6 +29,7 @@ PLACEMENT_KEYS = {
     "load_mode": str,
     "kv_type": str,
     "flash_attn": bool,
+    "kv_unified": bool,
     "tensor_split": list,
 }
 DEVICE_KEYS = [

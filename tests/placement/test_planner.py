@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from shimpy.errors import InvalidOptionError
 from shimpy.gguf.arch import ModelShape
+from shimpy.placement.hardware import Hardware
+from shimpy.placement.memory import Context, kv_layer_bytes
 from shimpy.placement.placement import Plan, PlanOptions, Rung
 from shimpy.placement.planner import plan_model
 from shimpy.units import GIB, MIB
@@ -274,9 +277,36 @@ def test_a_small_micro_batch_is_explained() -> None:
         assert ("512 (2048 needs more VRAM)" in rung.reason) == is_small
 
 
-def test_a_cpu_serves_fewer_at_once() -> None:
-    placement = chosen(plan_model(MOE, machine())).placement
-    assert (placement.n_slots, placement.n_ctx) == (8, 8192)
+def slots_of(shape: ModelShape, hardware: Hardware, **options: Any) -> tuple[int, int, bool]:
+    """Return the slots, their context, and whether they share it."""
+    placement = chosen(plan_model(shape, hardware, PlanOptions(**options))).placement
+    return placement.n_slots, placement.n_ctx, placement.kv_unified
+
+
+def test_a_cpu_serves_fewer_at_once_and_each_slot_has_its_own_cells() -> None:
+    """As long as they take an eighth of the RAM that the weights leave; else they share."""
+    kv_bytes = sum(kv_layer_bytes(MOE, Context(n_ctx=4096, n_slots=1, n_ubatch=512)))
+    for n_slots, found in [(9, (8, 4096, False)), (7, (4, 4096, False)), (3, (8, 8192, True))]:
+        weights = MOE.file_bytes
+        hardware = machine(ram=(weights + 8 * n_slots * kv_bytes) / GIB)
+        assert slots_of(MOE, hardware) == found
+    # As many as are asked for, or none.
+    plenty = machine(ram=(MOE.file_bytes + 8 * 9 * kv_bytes) / GIB)
+    assert slots_of(MOE, plenty, n_slots=6) == (6, 4096, False)
+    assert slots_of(MOE, plenty, n_slots=12) == (12, 12288, True)
+    assert slots_of(MOE, plenty, n_ctx=1000) == (8, 1000, False)
+    assert slots_of(MOE, plenty, n_ctx=1000, n_slots=1) == (1, 1000, True)
+
+
+def test_slots_share_their_cells_where_those_of_one_cannot_be_copied_to_another() -> None:
+    """On a GPU, with flash attention, with sliding windows and with states."""
+    assert slots_of(MOE, machine(80))[2]
+    assert not slots_of(MOE, machine(ram=1000))[2]
+    assert slots_of(MOE, machine(ram=1000), flash_attn=True)[2]
+    assert not slots_of(MOE, machine(ram=1000), flash_attn=False)[2]
+    assert slots_of(MOE, machine(80, ram=1000), flash_attn=False)[2]
+    assert slots_of(model(n_expert=0, state_bytes=400_000), machine(ram=1000))[2]
+    assert slots_of(replace(MOE, n_swa=512), machine(ram=1000))[2]
 
 
 def test_each_slot_of_a_recurrent_model_costs_its_state() -> None:

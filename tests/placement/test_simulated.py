@@ -20,7 +20,12 @@ SETTINGS = [
     {"n_ctx": 4096, "n_slots": 8, "n_ubatch": 512, "kv_type": "f16"},
     {"n_ctx": 16384, "n_slots": 16, "n_ubatch": 2048, "kv_type": "f16"},
     {"n_ctx": 8192, "n_slots": 4, "n_ubatch": 512, "kv_type": "q8_0"},
+    {"n_ctx": 8192, "n_slots": 8, "n_ubatch": 512, "kv_type": "f16", "flash_attn": False},
 ]
+APART = {"n_ctx": 4096, "n_slots": 4, "n_ubatch": 512, "kv_type": "f16"} | {
+    "flash_attn": False,
+    "kv_unified": False,
+}
 FILE_TYPES: dict[str, FileType] = {"gpt-oss-20b": "F16", "bge-base": "F16", "llama3-8b": "Q5_K_M"}
 
 
@@ -35,6 +40,8 @@ def test_llama_cpp_takes_what_is_predicted(model: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", MODELS[model](), FILE_TYPES.get(model, "Q4_K_M"))
     shape = describe_model(read_header(path))
     settings = [s for s in SETTINGS if s["kv_type"] == "f16" or shape.n_embd_head]
+    if not (shape.is_embedding or shape.n_swa or any(layer.state_bytes for layer in shape.layers)):
+        settings.append(APART)
 
     taken = simulate(path, settings)
 

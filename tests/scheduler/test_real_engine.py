@@ -179,9 +179,15 @@ async def wait_parked(scheduler: Scheduler) -> int:
 
 
 async def test_parked_caches_give_way_to_a_load(chain_model: Path, llama_model: Path) -> None:
-    """There is room for the second model but for what the first one has parked."""
+    """There is room for the second model but for what the first one has parked.
+
+    Of its two slots both hold a text: the first is copied before it has to make way.
+    """
     talker, other = model_at(llama_model), model_at(chain_model)
-    long = replace_fields(SUBMIT, prompt=[Text("Once upon a time. " * 20)], n_predict=1)
+    long, next_one = (
+        replace_fields(SUBMIT, prompt=[Text(text * 20)], n_predict=1)
+        for text in ("Once upon a time. ", "There was a fox. ")
+    )
     plenty = make_hardware(ram_mib=4000)
     available, pids = plenty.host.available_bytes, list[int]()
 
@@ -192,6 +198,7 @@ async def test_parked_caches_give_way_to_a_load(chain_model: Path, llama_model: 
     config = Config(n_threads=1, keep_alive=300.0, spare_worker=False)
     async with Scheduler(config, probe) as scheduler:
         await say(scheduler, talker, long)
+        await say(scheduler, talker, next_one)
         (resident,) = scheduler.residents()
         assert resident.pid is not None
         pids.append(resident.pid)

@@ -87,6 +87,7 @@ class Truth:
             n_ubatch=load.n_ubatch,
             kv_type=load.kv_type,
             flash_attn=load.flash_attn != "off",
+            kv_unified=load.kv_unified,
         )
         setup = Setup(devices=tuple(load.devices), layout=layout, context=context)
         use = self.use(setup)

@@ -126,7 +126,7 @@ def test_conversations_and_an_editor_in_turns_keep_their_caches(
             assert (n_cached < 16) if is_new else n_cached >= n_prompt - 48
         assert parked_bytes(client, 3 * 1000) < 1 << 30
     assert len(prefix_files(home)) == 4
-    with running_daemon(home, models) as daemon, client_of(daemon) as client:
+    with running_daemon(home, models, "--n-slots", "2") as daemon, client_of(daemon) as client:
         assert [cached > 0 for _, _, cached in talk(client)] == [True] * len(answers)
     flags = ("--parked-cache-size", "0", "--prefix-cache-size", "0", "--n-slots", "2")
     with (

@@ -31,6 +31,7 @@ class LlamaBackend:
         self._work = work
         self._grammars = GrammarMaker(vocab)
         self.n_ctx = work.n_ctx
+        self.kv_unified = load.kv_unified
         self.n_ctx_train = model.n_ctx_train
         self.n_slots = load.n_slots
         self.n_batch = work.n_batch
@@ -85,9 +86,13 @@ class LlamaBackend:
         """Drop the positions [start, end) of a slot; end -1: to its end. False: it can't."""
         return self._context.remove(slot, start, end)
 
-    def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Let `target` share the positions [start, end) of `source`, instead of its own."""
-        self._context.copy(source, target, start, end)
+    def kv_copy(self, source: int, target: int, n: int) -> bool:
+        """Let `target`, which is empty, have the first `n` positions of `source` too."""
+        return self._context.copy(source, target, n)
+
+    def kv_exchange(self, first: int, second: int) -> bool:
+        """Let two slots with cells of their own exchange all that they hold."""
+        return self._context.exchange(first, second)
 
     def kv_shift(self, slot: int, start: int, end: int, delta: int) -> None:
         """Move the positions [start, end) of a slot by `delta`.
@@ -180,12 +185,14 @@ def _state_key(model: Model, load: Load, n_ctx: int) -> str:
 
     That is llama.cpp, their type, and, with flash attention, how values lie; not the context's
     length, but for models that turn positions otherwise in a context over their original one
-    (LongRoPE: llama_model::get_rope_factors). Where layers are computed is not in it: sums
-    differ in their last bits there, as they do between batches of different sizes.
+    (LongRoPE: llama_model::get_rope_factors). Slots with cells of their own are counted in it:
+    llama.cpp writes their number before a slot's state. Where layers are computed is not in it:
+    sums differ in their last bits there, as they do between batches of different sizes.
     """
     original = model.metadata("{arch}.rope.scaling.original_context_length") or ""
     is_long = original.isdecimal() and n_ctx > int(original)
-    return f"{version()} kv={load.kv_type} fa={load.flash_attn} long={is_long}"
+    n_own = 0 if load.kv_unified else load.n_slots
+    return f"{version()} kv={load.kv_type} fa={load.flash_attn} long={is_long} own={n_own}"
 
 
 def _with_context(model: Model, load: Load) -> LlamaBackend:

@@ -23,6 +23,7 @@ from shimpy.protocol.messages import BufferUse, KvType, Load
 
 Row = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.float32]
+State = npt.NDArray[np.uint8]
 
 # ggml.h, enum ggml_type.
 _KV_TYPES: dict[KvType, int] = {
@@ -65,7 +66,10 @@ class Context:
                 "diffusion models): it can be loaded for embeddings only"
             )
         self.n_slots = load.n_slots
+        self._kv_unified = load.kv_unified
         self.n_ctx: int = LL.llama_n_ctx(self.handle)
+        if not load.kv_unified:
+            self.n_ctx //= load.n_slots
         self.n_batch: int = LL.llama_n_batch(self.handle)
         # Recurrent state is one vector: its parts can't be dropped, copied or moved.
         self.can_split = not (model.is_recurrent or model.is_hybrid)
@@ -141,19 +145,43 @@ class Context:
         self._check_slot(slot)
         return bool(LL.llama_memory_seq_rm(self._memory, slot, start, end))
 
-    def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Let `target` share the positions [start, end) of `source`."""
+    def copy(self, source: int, target: int, n: int) -> bool:
+        """Let `target` have the first `n` positions of `source`, and no others; False: it can't.
+
+        In a unified cache they are the same cells; all of a model that can't be split. Else all
+        that `source` holds is copied by way of a buffer: llama.cpp itself copies whole streams,
+        used or not (llama_kv_cache::seq_cp), and aborts over a part of one.
+        """
         self._check_slot(source)
         self._check_slot(target)
         if source == target:
-            return
-        if not self.can_split:
-            LL.llama_memory_seq_rm(self._memory, target, -1, -1)
-            LL.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-            return
+            return True
+        if not self._kv_unified:
+            return self._write(target, self._read(source)) and self.remove(target, n, -1)
+        end = n if self.can_split else -1
         # Two cells of one position in a slot would both be attended to.
-        LL.llama_memory_seq_rm(self._memory, target, start, end)
-        LL.llama_memory_seq_cp(self._memory, source, target, start, end)
+        LL.llama_memory_seq_rm(self._memory, target, -1, -1)
+        LL.llama_memory_seq_cp(self._memory, source, target, 0 if self.can_split else -1, end)
+        return True
+
+    def exchange(self, first: int, second: int) -> bool:
+        """Let two slots with cells of their own exchange what they hold; False: it can't."""
+        self._check_slot(first)
+        self._check_slot(second)
+        of_first, of_second = self._read(first), self._read(second)
+        return self._write(first, of_second) and self._write(second, of_first)
+
+    def _read(self, slot: int) -> State:
+        """Return a slot's state, as bytes."""
+        state = np.empty(LL.llama_state_seq_get_size(self.handle, slot), np.uint8)
+        n = LL.llama_state_seq_get_data(self.handle, _bytes_of(state), len(state), slot)
+        return state[:n]
+
+    def _write(self, slot: int, state: State) -> bool:
+        """Put a state into a slot instead of its own; False: llama.cpp did not take it."""
+        LL.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        n: int = LL.llama_state_seq_set_data(self.handle, _bytes_of(state), len(state), slot)
+        return n > 0
 
     def shift(self, slot: int, start: int, end: int, delta: int) -> None:
         """Move the positions [start, end) of a slot by `delta`.
@@ -253,10 +281,12 @@ def common_params(load: Load) -> Any:
     params.n_threads = params.n_threads_batch = load.n_threads
     params.flash_attn_type = _FLASH[load.flash_attn]
     params.type_k = params.type_v = _KV_TYPES[load.kv_type]
-    # All slots share the cells: a long text may take what short ones leave.
-    params.kv_unified = True
+    # If all slots share the cells, a long text may take what short ones leave.
+    params.kv_unified = load.kv_unified
     # As llama.cpp rounds it, but before it bounds the batch by it.
     params.n_ctx = -(-load.n_ctx // _CTX_STEP) * _CTX_STEP
+    if not load.kv_unified:
+        params.n_ctx *= load.n_slots
     return params
 
 
@@ -272,6 +302,10 @@ def _params(load: Load) -> Any:
     # Sliding-window layers keep all cells too: any prefix of a slot can be used again.
     params.swa_full = True
     return params
+
+
+def _bytes_of(state: State) -> Any:
+    return ctypes.cast(state.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
 
 
 def _matrix(address: int, n_rows: int, n_columns: int) -> Row:

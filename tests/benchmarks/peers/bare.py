@@ -42,17 +42,21 @@ _WORDS = [
 class Bare:
     """A model, a context and one batch over numpy."""
 
-    def __init__(self, path: str, n_ctx: int, n_slots: int, n_threads: int) -> None:
+    def __init__(
+        self, path: str, n_ctx: int, n_slots: int, n_threads: int, *, kv_unified: bool
+    ) -> None:
+        """`n_ctx`: tokens of all sequences if `kv_unified`, else of each."""
         LL.llama_backend_init()
         model_params = LL.llama_model_default_params()
         model_params.n_gpu_layers = 0
         model_params.use_extra_bufts = False
         self._model = LL.llama_model_load_from_file(path.encode(), model_params)
         params = LL.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = n_ctx, n_slots
+        params.n_ctx = n_ctx if kv_unified else n_ctx * n_slots
+        params.n_seq_max = n_slots
         params.n_batch = params.n_ubatch = N_BATCH
         params.n_threads = params.n_threads_batch = n_threads
-        params.kv_unified = True
+        params.kv_unified = kv_unified
         # As the daemon places it on a CPU.
         params.flash_attn_type = 0
         params.n_outputs_max = n_slots
@@ -162,7 +166,13 @@ def _as(kind: Any, array: Array) -> Any:
 def main() -> None:
     """Answer jobs until there are no more."""
     given = json.loads(sys.argv[1])
-    bare = Bare(given["path"], given["n_ctx"], given["n_slots"], given["n_threads"])
+    bare = Bare(
+        given["path"],
+        given["n_ctx"],
+        given["n_slots"],
+        given["n_threads"],
+        kv_unified=given["kv_unified"],
+    )
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         job = json.loads(line)

@@ -19,13 +19,17 @@ from typing import Any
 
 import psutil
 
+from shimpy.gguf.arch import describe_model
+from shimpy.gguf.reader import read_header
 from shimpy.names import name_from_stem
+from shimpy.placement.placement import PlanOptions
+from shimpy.placement.planner import plan_model
+from shimpy.placement.probe import probe_hardware
+from shimpy.scheduler.worker import CPU_WORKER_ENV
 from tests.daemon import running_daemon
 
 _HERE = Path(__file__).parent
 _START_TIMEOUT_S = 120.0
-# What the daemon gives its workers on a CPU, for the bare loop too.
-_SPIN = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +153,8 @@ def echo() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _bare(setup: Setup) -> Iterator[Contender]:
-    argv = [sys.executable, "-m", "tests.benchmarks.peers.bare", _as_json(setup)]
-    with _process(argv, env=_SPIN) as process:
+    argv = [sys.executable, "-m", "tests.benchmarks.peers.bare", _as_placed(setup)]
+    with _process(argv, env=CPU_WORKER_ENV) as process:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == '"ready"'
         yield BareLoop(process, psutil.Process(process.pid))
@@ -254,7 +258,19 @@ def _server(name: str, url: str, setup: Setup, pid: int) -> Server:
     return Server(name=name, url=url, model=setup.model, process=psutil.Process(pid))
 
 
-def _as_json(setup: Setup) -> str:
+def _as_placed(setup: Setup) -> str:
+    """Return the settings, the KV cache as the daemon places it on this machine."""
+    shape = describe_model(read_header(setup.path))
+    options = PlanOptions(n_ctx=setup.n_ctx, n_slots=setup.n_slots)
+    chosen = plan_model(shape, probe_hardware(), options).chosen
+    assert chosen is not None
+    placement = chosen.placement
+    assert not placement.devices
+    assert not placement.flash_attn
+    return _as_json(setup, n_ctx=placement.n_ctx, kv_unified=placement.kv_unified)
+
+
+def _as_json(setup: Setup, **other: Any) -> str:
     return json.dumps(
         {
             "path": str(setup.path),
@@ -262,5 +278,6 @@ def _as_json(setup: Setup) -> str:
             "n_slots": setup.n_slots,
             "n_threads": setup.n_threads,
             "embeds": setup.embeds,
+            **other,
         }
     )

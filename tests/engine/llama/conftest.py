@@ -18,6 +18,12 @@ def _shared_llama(llama_model: Path) -> Iterator[LlamaBackend]:
 
 
 @pytest.fixture(scope="session")
+def _shared_apart(llama_model: Path) -> Iterator[LlamaBackend]:
+    with loaded(llama_model, kv_unified=False, flash_attn="off") as backend:
+        yield backend
+
+
+@pytest.fixture(scope="session")
 def _shared_chain(chain_model: Path) -> Iterator[LlamaBackend]:
     with loaded(chain_model) as backend:
         yield backend
@@ -27,6 +33,12 @@ def _shared_chain(chain_model: Path) -> Iterator[LlamaBackend]:
 def llama(_shared_llama: LlamaBackend) -> LlamaBackend:
     """The random llama: 512 tokens, 4 slots, all empty."""
     return _emptied(_shared_llama)
+
+
+@pytest.fixture
+def apart(_shared_apart: LlamaBackend) -> LlamaBackend:
+    """The random llama with 512 tokens for each of its 4 slots, all empty."""
+    return _emptied(_shared_apart)
 
 
 @pytest.fixture

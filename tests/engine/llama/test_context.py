@@ -89,7 +89,7 @@ def test_a_copied_prefix_gives_the_same_text(llama: LlamaBackend) -> None:
     """Also from a slot that has gone on: only the prefix is shared."""
     ids = prompt_ids(llama, PROMPTS[3])
     expected = generate_ids(llama, ids, slot=0)
-    llama.kv_copy(0, 1, 0, len(ids) - 1)
+    llama.kv_copy(0, 1, len(ids) - 1)
     prefill(llama, ids[-1:], slot=1, start=len(ids) - 1)
     assert go_on(llama, slot=1, pos=len(ids)) == expected
 
@@ -99,7 +99,7 @@ def test_a_copy_replaces_what_the_target_held(llama: LlamaBackend) -> None:
     ids = prompt_ids(llama, PROMPTS[3])
     expected = generate_ids(llama, ids, slot=0)
     prefill(llama, prompt_ids(llama, PROMPTS[1]), slot=1)
-    llama.kv_copy(0, 1, 0, len(ids) - 1)
+    llama.kv_copy(0, 1, len(ids) - 1)
     llama.kv_remove(1, len(ids) - 1, -1)
     prefill(llama, ids[-1:], slot=1, start=len(ids) - 1)
     assert go_on(llama, slot=1, pos=len(ids)) == expected
@@ -109,9 +109,50 @@ def test_a_copy_to_itself_changes_nothing(llama: LlamaBackend) -> None:
     ids = prompt_ids(llama, PROMPTS[1])
     expected = generate_ids(llama, ids, slot=0)
     llama.kv_remove(0, len(ids) - 1, -1)
-    llama.kv_copy(0, 0, 0, len(ids) - 1)
+    llama.kv_copy(0, 0, len(ids) - 1)
     prefill(llama, ids[-1:], slot=0, start=len(ids) - 1)
     assert go_on(llama, slot=0, pos=len(ids)) == expected
+
+
+def test_slots_with_cells_of_their_own_say_what_one_says_alone(apart: LlamaBackend) -> None:
+    alone = [generate_ids(apart, prompt, n=40) for prompt in PROMPTS]
+    assert apart.kv_remove(0, 0, -1)
+    assert together(apart, PROMPTS, n=40) == alone
+    assert (apart.n_ctx, apart.kv_unified) == (512, False)
+    # Each has as many tokens as all of them had together.
+    filler = [65] * 512
+    for slot in range(4):
+        assert apart.kv_remove(slot, 0, -1)
+        assert apart.decode([Chunk(slot, 0, filler, False)]) == DecodeStatus.OK
+    assert apart.decode([Chunk(0, 512, [65], False)]) == DecodeStatus.KV_FULL
+
+
+def test_a_prefix_is_copied_between_slots_with_cells_of_their_own(apart: LlamaBackend) -> None:
+    """In place of what the other held, and from one that has gone on."""
+    ids = prompt_ids(apart, PROMPTS[3])
+    expected = generate_ids(apart, ids, slot=0)
+    prefill(apart, prompt_ids(apart, PROMPTS[1]), slot=2)
+    assert apart.kv_copy(0, 2, len(ids) - 1)
+    assert apart.kv_remove(0, 0, -1)
+    prefill(apart, ids[-1:], slot=2, start=len(ids) - 1)
+    assert go_on(apart, slot=2, pos=len(ids)) == expected
+
+
+def test_slots_exchange_what_they_hold(apart: LlamaBackend) -> None:
+    """Also with an empty one, and in the middle of a text."""
+    first, second = (prompt_ids(apart, text) for text in PROMPTS[1:3])
+    expected = [generate_ids(apart, ids, slot=0) for ids in (first, second)]
+    apart.kv_remove(0, 0, -1)
+    prefill(apart, first[:-1], slot=0)
+    prefill(apart, second[:-1], slot=3)
+    assert apart.kv_exchange(0, 3)
+    assert apart.kv_exchange(0, 1)
+    prefill(apart, first[-1:], slot=3, start=len(first) - 1)
+    assert go_on(apart, slot=3, pos=len(first)) == expected[0]
+    prefill(apart, second[-1:], slot=1, start=len(second) - 1)
+    assert go_on(apart, slot=1, pos=len(second)) == expected[1]
+    prefill(apart, first, slot=0)
+    assert go_on(apart, slot=0, pos=len(first)) == expected[0]
 
 
 def test_a_removed_tail_is_forgotten(llama: LlamaBackend) -> None:
@@ -126,15 +167,17 @@ def test_removing_one_slot_leaves_the_others(llama: LlamaBackend) -> None:
     ids = prompt_ids(llama, PROMPTS[1])
     expected = generate_ids(llama, ids, slot=0)
     prefill(llama, ids[:-1], slot=1)
-    llama.kv_copy(1, 2, 0, -1)
+    llama.kv_copy(1, 2, len(ids) - 1)
     assert llama.kv_remove(1, 0, -1)
     prefill(llama, ids[-1:], slot=2, start=len(ids) - 1)
     assert go_on(llama, slot=2, pos=len(ids)) == expected
 
 
-def test_shifted_positions_say_what_fresh_ones_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_shifted_positions_say_what_fresh_ones_say(tmp_path: Path, kv_unified: bool) -> None:
     """With one layer a key knows its token and its position, nothing else: moved is fresh."""
-    with loaded(write_llama(tmp_path / "one.gguf", n_layer=1), kv_type="f32") as backend:
+    model = write_llama(tmp_path / "one.gguf", n_layer=1)
+    with loaded(model, kv_type="f32", kv_unified=kv_unified) as backend:
         dropped, kept = (prompt_ids(backend, PROMPTS[1]), prompt_ids(backend, PROMPTS[3]))
         expected = generate_ids(backend, kept, slot=0)
         prefill(backend, dropped + kept, slot=1)
@@ -213,7 +256,7 @@ def test_slots_that_are_none_are_refused(llama: LlamaBackend, slot: int) -> None
     with pytest.raises(WorkerError, match=f"no slot {slot}"):
         llama.kv_remove(slot, 0, -1)
     with pytest.raises(WorkerError, match=f"no slot {slot}"):
-        llama.kv_copy(0, slot, 0, -1)
+        llama.kv_copy(0, slot, 1)
     with pytest.raises(WorkerError, match=f"no slot {slot}"):
         llama.kv_shift(slot, 0, -1, 1)
 
