@@ -108,6 +108,8 @@ class ModelShape:
     file_bytes: int
     n_layer: int
     n_ctx_train: int
+    # Past this length positions are turned otherwise (LongRoPE, YaRN); 0: the file says nothing.
+    n_ctx_original: int = 0
     n_embd: int
     n_vocab: int
     n_head: int
@@ -206,6 +208,7 @@ def describe_model(header: Header) -> ModelShape:
         file_bytes=header.file_bytes,
         n_layer=hparams.n_layer,
         n_ctx_train=hparams.get("context_length"),
+        n_ctx_original=hparams.get("rope.scaling.original_context_length", 0),
         n_embd=hparams.get("embedding_length"),
         n_vocab=_n_vocab(hparams),
         n_head=max(hparams.per_layer("attention.head_count", 0)),

@@ -20,10 +20,9 @@ from shimpy.placement.compute import (
     device_compute_bytes,
     host_compute_bytes,
 )
+from shimpy.protocol.context import CELL_STEP, n_cells
 from shimpy.protocol.messages import KvType
 
-# llama_context rounds n_ctx up to this (GGML_PAD in its constructor, src/llama-context.cpp).
-KV_CELL_STEP: Final = 256
 # Elements and bytes of a block; ggml/src/ggml-common.h.
 KV_BLOCKS: Final[dict[KvType, tuple[int, int]]] = {
     "f32": (1, 4),
@@ -217,11 +216,11 @@ def kv_layer_bytes(shape: ModelShape, context: Context) -> tuple[int, ...]:
     one of V per cell, of each stream where the cache is not unified; llama_memory_recurrent: one
     float32 state per sequence.
     """
-    n_cells, n_cells_swa = _n_cells(shape, context)
+    n_all, n_swa = _n_cells(shape, context)
     n_streams = 1 if context.kv_unified else context.n_slots
     return tuple(
         n_streams
-        * (n_cells_swa if layer.is_swa else n_cells)
+        * (n_swa if layer.is_swa else n_all)
         * (_row(layer.n_embd_k, context.kv_type) + _row(layer.n_embd_v, context.kv_type))
         + layer.state_bytes * context.n_slots
         for layer in shape.layers
@@ -230,12 +229,12 @@ def kv_layer_bytes(shape: ModelShape, context: Context) -> tuple[int, ...]:
 
 def reservation(shape: ModelShape, context: Context) -> Reservation:
     """Return the sizes that llama.cpp reserves its compute buffers for."""
-    n_cells, n_cells_swa = _n_cells(shape, context)
+    n_all, n_swa = _n_cells(shape, context)
     return Reservation(
         # A micro-batch of several streams has as many scores for each token.
         n_tokens=min(context.n_ctx, context.n_ubatch),
-        n_kv=n_cells,
-        n_kv_swa=n_cells_swa,
+        n_kv=n_all,
+        n_kv_swa=n_swa,
         n_outputs=context.n_slots if context.n_outputs is None else context.n_outputs,
         n_slots=context.n_slots,
         flash_attn=context.flash_attn,
@@ -243,21 +242,19 @@ def reservation(shape: ModelShape, context: Context) -> Reservation:
     )
 
 
-def pad_context(n_ctx: int) -> int:
-    """Return the cells that llama.cpp makes of a context length."""
-    return -(-n_ctx // KV_CELL_STEP) * KV_CELL_STEP
-
-
 def _n_cells(shape: ModelShape, context: Context) -> tuple[int, int]:
     """Return the cells of full and of windowed layers (llama-kv-cache-iswa.cpp, size_swa).
 
     Of one stream, where the cache is not unified.
     """
-    n_cells = pad_context(context.n_ctx)
+    n_all = n_cells(
+        context.n_ctx, flash_attn=context.flash_attn, n_ctx_original=shape.n_ctx_original
+    )
     if context.swa_full or not shape.n_swa:
-        return n_cells, n_cells
+        return n_all, n_all
     n_window = shape.n_swa * context.n_slots + context.n_ubatch
-    return n_cells, pad_context(min(n_cells, n_window))
+    # As the cache itself rounds (llama_kv_cache_iswa).
+    return n_all, -(-min(n_all, n_window) // CELL_STEP) * CELL_STEP
 
 
 def _row(n_embd: int, kv_type: KvType) -> int:

@@ -53,7 +53,7 @@ _TIGHT: Final = 0.75
 _MAX_ROWS: Final = 4096
 _MAX_MODELS: Final = 256
 _MAX_SETUPS: Final = 256
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 _log = get_logger("simulations")
 

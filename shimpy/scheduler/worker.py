@@ -50,13 +50,7 @@ WORKER_ENV = {"GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": "1"}
 # (146-162 against 140-160 tok/s) and do better on a busy one (54 against 36-46); fewer rounds,
 # or OMP_WAIT_POLICY=passive, halve the speed of an idle one. With a GPU in turn the pauses are
 # longer, and nothing was measured.
-#
-# Large blocks are huge pages where the system leaves it to the program (glibc 2.35 and later):
-# a KV cache of 800 MB is zeroed in 0.13 s instead of 0.38 (docs/performance.md).
-CPU_WORKER_ENV = WORKER_ENV | {
-    "GOMP_SPINCOUNT": "1000",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
+CPU_WORKER_ENV = WORKER_ENV | {"GOMP_SPINCOUNT": "1000"}
 
 # What saving prefixes may take where somebody waits for the memory, in seconds.
 URGENT_SAVE_S = 0.25

@@ -16,7 +16,6 @@ from shimpy.placement.memory import (
     MemoryUse,
     estimate_memory,
     kv_layer_bytes,
-    pad_context,
 )
 from shimpy.placement.placement import PlanOptions
 from shimpy.placement.planner import plan_model
@@ -197,11 +196,6 @@ def test_a_quantized_cache_takes_whole_blocks(shape_of: ShapeOf, kv_type: str, m
     """28 layers of 2 x 2048 values for 4096 tokens."""
     context = Context(n_ctx=4096, n_slots=1, n_ubatch=512, kv_type=kv_type)  # type: ignore[arg-type]
     assert sum(kv_layer_bytes(shape_of("deepseek-moe-16b", "Q8_0"), context)) == mib * MIB
-
-
-@pytest.mark.parametrize(("n_ctx", "cells"), [(1, 256), (256, 256), (1000, 1024), (4096, 4096)])
-def test_the_context_is_padded_to_whole_steps(n_ctx: int, cells: int) -> None:
-    assert pad_context(n_ctx) == cells
 
 
 def test_a_tied_output_is_copied_to_the_gpu_but_not_in_ram(shape_of: ShapeOf) -> None:

@@ -189,8 +189,7 @@ def _state_key(model: Model, load: Load, n_ctx: int) -> str:
     llama.cpp writes their number before a slot's state. Where layers are computed is not in it:
     sums differ in their last bits there, as they do between batches of different sizes.
     """
-    original = model.metadata("{arch}.rope.scaling.original_context_length") or ""
-    is_long = original.isdecimal() and n_ctx > int(original)
+    is_long = 0 < model.n_ctx_original < n_ctx
     n_own = 0 if load.kv_unified else load.n_slots
     return f"{version()} kv={load.kv_type} fa={load.flash_attn} long={is_long} own={n_own}"
 

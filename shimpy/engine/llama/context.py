@@ -19,6 +19,7 @@ from shimpy.engine.llama.loader import Model
 from shimpy.engine.llama.log import LOG
 from shimpy.engine.llama.memory import read_memory
 from shimpy.errors import LoadError, UnsupportedError, WorkerError
+from shimpy.protocol.context import n_cells
 from shimpy.protocol.messages import BufferUse, KvType, Load
 
 Row = npt.NDArray[np.float32]
@@ -37,7 +38,6 @@ _KV_TYPES: dict[KvType, int] = {
     "q4_0": 2,
 }
 _FLASH = {"auto": -1, "off": 0, "on": 1}
-_CTX_STEP = 256
 # What a file of a state has more than the state that llama.cpp tells the size of.
 _STATE_FILE_BYTES = 16
 # llama.h, enum llama_pooling_type.
@@ -57,7 +57,7 @@ class Context:
         Raises:
             LoadError: not enough memory, or the model generates no text.
         """
-        self.handle = new_context(model, load, _params(load))
+        self.handle = new_context(model, load, _params(model, load))
         self._memory: Pointer = LL.llama_get_memory(self.handle)
         if not self._memory or model.has_encoder:
             self.close()
@@ -67,9 +67,8 @@ class Context:
             )
         self.n_slots = load.n_slots
         self._kv_unified = load.kv_unified
-        self.n_ctx: int = LL.llama_n_ctx(self.handle)
-        if not load.kv_unified:
-            self.n_ctx //= load.n_slots
+        # Cells may be a few more.
+        self.n_ctx = n_cells(load.n_ctx, flash_attn=True)
         self.n_batch: int = LL.llama_n_batch(self.handle)
         # Recurrent state is one vector: its parts can't be dropped, copied or moved.
         self.can_split = not (model.is_recurrent or model.is_hybrid)
@@ -275,7 +274,7 @@ def new_context(model: Model, load: Load, params: Any) -> Pointer:
     return handle
 
 
-def common_params(load: Load) -> Any:
+def common_params(model: Model, load: Load) -> Any:
     """Return the parameters that all contexts of a model share."""
     params = LL.llama_context_default_params()
     params.n_threads = params.n_threads_batch = load.n_threads
@@ -284,14 +283,18 @@ def common_params(load: Load) -> Any:
     # If all slots share the cells, a long text may take what short ones leave.
     params.kv_unified = load.kv_unified
     # As llama.cpp rounds it, but before it bounds the batch by it.
-    params.n_ctx = -(-load.n_ctx // _CTX_STEP) * _CTX_STEP
+    params.n_ctx = n_cells(
+        load.n_ctx,
+        flash_attn=load.flash_attn != "off",
+        n_ctx_original=model.n_ctx_original,
+    )
     if not load.kv_unified:
         params.n_ctx *= load.n_slots
     return params
 
 
-def _params(load: Load) -> Any:
-    params = common_params(load)
+def _params(model: Model, load: Load) -> Any:
+    params = common_params(model, load)
     params.n_batch = max(load.n_batch, load.n_slots)
     params.n_ubatch = load.n_ubatch
     params.n_seq_max = load.n_slots

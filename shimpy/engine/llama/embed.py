@@ -135,7 +135,7 @@ def normalized(vectors: Vectors) -> Vectors:
 
 
 def _params(model: Model, load: Load) -> Any:
-    params = common_params(load)
+    params = common_params(model, load)
     params.embeddings = True
     params.pooling_type = _pooling(model)
     # No text may be parted: pooling works within a micro-batch, and encoders abort otherwise.

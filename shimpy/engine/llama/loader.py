@@ -49,6 +49,9 @@ class Model:
         # Its state is one vector a sequence, not a row a token: there are no parts of it.
         self.is_recurrent: bool = LL.llama_model_is_recurrent(handle)
         self.is_hybrid: bool = LL.llama_model_is_hybrid(handle)
+        # Past this length positions are turned otherwise; 0: the file says nothing.
+        original = self.metadata("{arch}.rope.scaling.original_context_length") or ""
+        self.n_ctx_original = int(original) if original.isdecimal() else 0
 
     def metadata(self, key: str) -> str | None:
         """Return a value of the file's header as text; `{arch}` is the architecture."""

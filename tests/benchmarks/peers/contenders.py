@@ -25,6 +25,7 @@ from shimpy.names import name_from_stem
 from shimpy.placement.placement import PlanOptions
 from shimpy.placement.planner import plan_model
 from shimpy.placement.probe import probe_hardware
+from shimpy.protocol.context import n_cells
 from shimpy.scheduler.worker import CPU_WORKER_ENV
 from tests.daemon import running_daemon
 
@@ -267,7 +268,8 @@ def _as_placed(setup: Setup) -> str:
     placement = chosen.placement
     assert not placement.devices
     assert not placement.flash_attn
-    return _as_json(setup, n_ctx=placement.n_ctx, kv_unified=placement.kv_unified)
+    n_ctx = n_cells(placement.n_ctx, flash_attn=False, n_ctx_original=shape.n_ctx_original)
+    return _as_json(setup, n_ctx=n_ctx, kv_unified=placement.kv_unified)
 
 
 def _as_json(setup: Setup, **other: Any) -> str:
