@@ -140,7 +140,8 @@ class Config:
         None,
         parse_int(1),
         "N",
-        "Context of a model in tokens, shared by its slots; by model and memory when not set.",
+        "Context of a model in tokens, shared by its slots, or of each on a CPU with RAM to spare; "
+        "by model and memory when not set.",
     )
     n_slots: int | None = _setting(
         None,

@@ -81,7 +81,7 @@ def _check_folder(_ctx: click.Context, _param: click.Parameter, value: Path | No
     "--predict", type=click.IntRange(2), metavar="N", help="Tokens to generate for each prompt."
 )
 @click.option("--repeat", type=click.IntRange(1), metavar="N", help="Repetitions of each run.")
-@click.option("--n-ctx", type=click.IntRange(1), metavar="N", help="Context of all slots together.")
+@click.option("--n-ctx", type=click.IntRange(1), metavar="N", help="Context in tokens.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the worker.")
 @kv_type_option
 @click.option(

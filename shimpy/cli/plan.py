@@ -50,9 +50,7 @@ def _parse_cpu_moe(_ctx: click.Context, _param: click.Parameter, value: str | No
     help="Suppose a card with so much free memory; repeat it for several, 0 for none.",
 )
 @click.option("--ram", callback=parse_size, metavar="SIZE", help="Suppose so much free RAM.")
-@click.option(
-    "--n-ctx", type=click.IntRange(1), metavar="N", help="Context in tokens, shared by all slots."
-)
+@click.option("--n-ctx", type=click.IntRange(1), metavar="N", help="Context in tokens.")
 @click.option(
     "--slots", type=click.IntRange(1), metavar="N", help="Requests that are served at once."
 )
@@ -243,7 +241,8 @@ def _row(rung: dict[str, Any]) -> tuple[str, ...]:
         f"{rung['layout']} ({rung['lack']})" if rung["lack"] else rung["layout"],
         format_bytes(vram) if rung["devices"] else "-",
         format_bytes(host["total_bytes"]),
-        f"{placement['n_ctx']}/{placement['n_slots']}",
+        # What the slots share, or have each.
+        f"{placement['n_ctx']}{'/' if placement['kv_unified'] else ' x '}{placement['n_slots']}",
         str(placement["n_ubatch"]),
         "page-locked" if host["locked"] else "mapped",
     )

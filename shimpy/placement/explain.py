@@ -162,11 +162,9 @@ def _manner(placement: Placement) -> str:
 
 def _settings_line(placement: Placement) -> str:
     held = "page-locked" if placement.load_mode == "locked" else "mapped"
-    context = f"context {placement.n_ctx} shared by {placement.n_slots} slots"
-    if not placement.kv_unified:
-        context = f"{placement.n_slots} slots with a context of {placement.n_ctx} each"
+    of_slots = "shared by" if placement.kv_unified else "for each of"
     return (
-        f"settings: {context}, "
+        f"settings: context {placement.n_ctx} {of_slots} {placement.n_slots} slots, "
         f"KV cache {placement.kv_type}, micro-batch {placement.n_ubatch}, weights in RAM {held}"
     )
 

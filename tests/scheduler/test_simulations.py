@@ -234,7 +234,7 @@ def test_figures_hold_for_what_they_were_simulated_for(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b'{"version":9,"rows":{}}', b'{"version":1,"rows":{"a":[1]}}', b"[1]", b"\xff"],
+    [b"", b"{", b'{"version":9,"rows":{}}', b'{"version":2,"rows":{"a":[1]}}', b"[1]", b"\xff"],
 )
 def test_a_file_that_cannot_be_read_is_written_anew(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "s.json"
@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_read_is_written_anew(tmp_path: Path, content: byt
 
     assert plan.chosen is not None
     assert plan.chosen.is_exact
-    assert json.loads(path.read_bytes())["version"] == 1
+    assert json.loads(path.read_bytes())["version"] == 2
 
 
 def test_a_failed_simulation_leaves_the_formulas_and_is_not_tried_at_once() -> None:

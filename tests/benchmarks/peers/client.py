@@ -151,13 +151,11 @@ async def post(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> t
     return took_s, data
 
 
-def speeds(streams: Sequence[Stream], n_prompt: int) -> dict[str, float]:
+def speeds(streams: Sequence[Stream]) -> dict[str, float]:
     """Return what is compared of answers that were asked for at once.
 
-    tok_per_s: generated tokens by the time of the whole. prefill_per_s: what was computed until
-    the last first token, prompts and the tokens of those that answered already, by that time.
-    decode_per_s: tokens of all while all answered, no prompt beside them, by that time; left out
-    where that was too short.
+    tok_per_s: generated tokens by the time of the whole. decode_per_s: tokens of all while all
+    answered, no prompt beside them, by that time; left out where that was too short.
     """
     n = len(streams)
     firsts_s = [one.first_s for one in streams]
@@ -167,7 +165,6 @@ def speeds(streams: Sequence[Stream], n_prompt: int) -> dict[str, float]:
     n_between = sum(one.n_tokens_until(first_end_s) for one in streams) - n_before
     metrics = {
         "tok_per_s": sum(one.n_tokens for one in streams) / max(one.end_s for one in streams),
-        "prefill_per_s": (n * n_prompt + n_before - n) / last_first_s,
         "ttft_ms": 1000 * statistics.mean(firsts_s),
         "ttft_max_ms": 1000 * last_first_s,
     }

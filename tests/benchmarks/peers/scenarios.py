@@ -57,14 +57,22 @@ class Scenario:
 def streams(
     model: str, n_prompt: int, n_streams: int, *, n_predict: int = 64, is_quick: bool = False
 ) -> Scenario:
-    """So many prompts at once, each answered with `n_predict` tokens."""
+    """So many prompts at once, each answered with `n_predict` tokens.
+
+    And before it others that are answered with one token: prefill_per_s is theirs, as nothing
+    else is computed beside them.
+    """
 
     async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
-        prompts = make_prompts(n_streams, n_prompt, seed)
+        prompts = make_prompts(2 * n_streams, n_prompt, seed)
+        prefilled = await _answer_all(contender, prompts[n_streams:], 1)
         before_s = cpu_s(contender.process, with_children=True)
-        metrics = await _answer_all(contender, prompts, n_prompt, n_predict)
+        metrics = await _answer_all(contender, prompts[:n_streams], n_predict)
         took_s = cpu_s(contender.process, with_children=True) - before_s
-        return metrics | {"cpu_ms_per_token": 1000 * took_s / (n_streams * n_predict)}
+        return metrics | {
+            "prefill_per_s": 1000 * n_streams * n_prompt / prefilled["ttft_max_ms"],
+            "cpu_ms_per_token": 1000 * took_s / (n_streams * n_predict),
+        }
 
     return Scenario(
         name=f"{model}: {n_prompt} tokens, {n_streams} streams",
@@ -83,7 +91,7 @@ def shared_prefix(model: str, n_prefix: int, n_streams: int) -> Scenario:
     async def run(contender: Contender, make_prompts: MakePrompts, seed: int) -> Metrics:
         beginning = make_prompts(1, n_prefix, seed)[0]
         prompts = [f"{beginning} {index} and so on" for index in range(n_streams)]
-        return await _answer_all(contender, prompts, n_prefix, 32)
+        return await _answer_all(contender, prompts, 32)
 
     return Scenario(
         name=f"{model}: {n_streams} streams share {n_prefix} tokens",
@@ -259,9 +267,7 @@ async def warm_up(contender: Contender, *, embeds: bool) -> None:
         await client.post(http, f"{contender.url}/v1/completions", body)
 
 
-async def _answer_all(
-    contender: Contender, prompts: Sequence[str], n_prompt: int, n_predict: int
-) -> Metrics:
+async def _answer_all(contender: Contender, prompts: Sequence[str], n_predict: int) -> Metrics:
     if isinstance(contender, BareLoop):
         job = {"do": "generate", "prompts": list(prompts), "n_predict": n_predict}
         took = await asyncio.to_thread(contender.ask, **job)
@@ -269,12 +275,12 @@ async def _answer_all(
             client.Stream(0.0, times, [1] * len(times), end_s=times[-1])
             for times in took["arrivals_s"]
         ]
-        return client.speeds(answers, n_prompt)
+        return client.speeds(answers)
     url = f"{contender.url}/v1/completions"
     found = await asyncio.gather(
         *(client.stream(url, _body(contender, prompt, n_predict)) for prompt in prompts)
     )
-    metrics = client.speeds(found, n_prompt)
+    metrics = client.speeds(found)
     usages = [one.usage for one in found if one.usage]
     if len(usages) == len(found):
         cached = [
