@@ -19,6 +19,7 @@ from shimpy.engine.pace import Pace
 from shimpy.engine.parking import Parking, without_strewn
 from shimpy.engine.prefixes import MIN_PARKED_GAIN, Save, SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import IdleCache, KvOp, Match, Sequence
+from shimpy.engine.shares import Shares, share_alone, share_out
 from shimpy.engine.slots import ATTENDED_CELLS, Slots
 from shimpy.engine.turns import Turns
 
@@ -108,8 +109,8 @@ class Batcher:
         self._is_blocked = False
         # Streams get a batch between two of each.
         self._may_restore = self._may_copy = True
-        # Of prompts and streams that have batches in turn.
-        self._is_prompts_turn = False
+        # Prompts and streams have batches in turn, and of prompts the oldest and the shortest.
+        self._is_prompts_turn = self._is_oldests_turn = False
 
     @property
     def n_running(self) -> int:
@@ -477,18 +478,26 @@ class Batcher:
                 generating = []
             else:
                 n_prefill = 0
-        self._slots.gather()
-        shares = [(sequence, 1) for sequence in generating]
-        for sequence, n in _share_out(prefilling, n_prefill):
-            if self._turns is not None:
+        prompts = self._share_out(prefilling, n_prefill)
+        if self._turns is not None:
+            for sequence, _ in prompts:
                 self._turns.on_next(sequence, now)
-            shares.append((sequence, n))
+        self._slots.gather()
+        shares = [(sequence, 1) for sequence in generating] + prompts
         if not self._kv_unified:
             # Only so llama.cpp computes those together that are in neighbouring slots.
             shares.sort(key=_slot_of)
         chunks = [_chunk(sequence, n) for sequence, n in shares]
         sequences = [sequence for sequence, _ in shares]
+        n_prefill = sum(n for _, n in prompts)
         return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, self._depth(chunks))
+
+    def _share_out(self, prefilling: list[Sequence], n_tokens: int) -> Shares:
+        if self._kv_unified:
+            return share_out(prefilling, n_tokens)
+        if n_tokens:
+            self._is_oldests_turn = not self._is_oldests_turn
+        return share_alone(prefilling, n_tokens, is_oldests_turn=self._is_oldests_turn)
 
     def _depth(self, chunks: list[Chunk]) -> int:
         """Return how many tokens the attention of a batch's prompts goes over before their own."""
@@ -509,22 +518,3 @@ def _slot_of(share: tuple[Sequence, int]) -> int:
     slot = share[0].slot
     assert slot is not None
     return slot.id
-
-
-def _share_out(prefilling: list[Sequence], n_tokens: int) -> list[tuple[Sequence, int]]:
-    """Divide the prefill tokens of a batch; sequences that get none are left out.
-
-    The oldest gets at least half, so that a stream of short prompts can't starve it. The rest
-    goes to those that are soonest done: the mean time to the first token is shortest so.
-    """
-    if not n_tokens:
-        return []
-    shares = dict.fromkeys(prefilling, 0)
-    oldest = prefilling[0]
-    shares[oldest] = min(oldest.n_pending, (n_tokens + 1) // 2)
-    n_tokens -= shares[oldest]
-    for sequence in sorted(prefilling, key=lambda s: s.n_pending - shares[s]):
-        n = min(sequence.n_pending - shares[sequence], n_tokens)
-        shares[sequence] += n
-        n_tokens -= n
-    return [(sequence, n) for sequence, n in shares.items() if n]
