@@ -18,9 +18,9 @@ from shimpy.engine.backend import Chunk
 from shimpy.engine.pace import Pace
 from shimpy.engine.parking import Parking, without_strewn
 from shimpy.engine.prefixes import MIN_PARKED_GAIN, Save, SavedPrefix, SavedPrefixes
-from shimpy.engine.sequence import IdleCache, KvOp, Match, Sequence
+from shimpy.engine.sequence import ATTENDED_CELLS, IdleCache, KvOp, Match, Sequence
 from shimpy.engine.shares import Shares, share_alone, share_out
-from shimpy.engine.slots import ATTENDED_CELLS, Slots
+from shimpy.engine.slots import Slots
 from shimpy.engine.turns import Turns
 
 # Room for this many new tokens is wanted before a sequence is admitted.

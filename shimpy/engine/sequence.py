@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 # More positions than any context has.
 ALL = 1 << 62
+# llama.cpp attends to so many cells or a multiple of it (llama_kv_cache::get_n_kv).
+ATTENDED_CELLS = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from shimpy.engine.cells import Cells
 from shimpy.engine.gather import exchanges
 from shimpy.engine.sequence import (
     ALL,
+    ATTENDED_CELLS,
     IdleCache,
     KvCopy,
     KvExchange,
@@ -34,9 +35,7 @@ MIN_SHARED = 16
 MAX_COPIED = 16
 # Idle caches give way in pieces of this many cells, from their ends.
 EVICT_CELLS = 256
-# llama.cpp attends to so many cells or a multiple of it (llama_kv_cache::get_n_kv); a sequence
-# may generate about so many tokens.
-ATTENDED_CELLS = 256
+# A sequence may generate about so many tokens.
 _GROWTH = 64
 
 

@@ -10,8 +10,7 @@ import pytest
 from shimpy.engine.batcher import Batch, Park, Restore
 from shimpy.engine.parking import SHARE, Parking
 from shimpy.engine.prefixes import MIN_PARKED, SavedPrefix, SavedPrefixes
-from shimpy.engine.sequence import Sequence
-from shimpy.engine.slots import ATTENDED_CELLS
+from shimpy.engine.sequence import ATTENDED_CELLS, Sequence
 from tests.engine.test_batcher import Bench
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shimpy.engine.sequence import Sequence
-from shimpy.engine.shares import ALONE, SHORT, share_alone
+from shimpy.engine.shares import SHORT, share_alone
 
 
 def prompts(*lengths: int) -> list[Sequence]:
@@ -19,20 +19,26 @@ def shared(lengths: list[int], n_tokens: int, *, is_oldests_turn: bool) -> list[
 
 
 def test_the_oldest_and_the_shortest_take_turns() -> None:
-    assert shared([900, 300, 500], 512, is_oldests_turn=True) == [(0, ALONE)]
-    assert shared([900, 300, 500], 512, is_oldests_turn=False) == [(1, 300)]
+    assert shared([900, 300, 500], 512, is_oldests_turn=True) == [(0, 256)]
+    assert shared([900, 300, 500], 512, is_oldests_turn=False) == [(1, 256)]
     assert shared([900, 300, 500], 48, is_oldests_turn=False) == [(1, 48)]
 
 
 def test_short_ones_go_together_the_shortest_first() -> None:
-    assert shared([900, 60, 20, 30], 512, is_oldests_turn=False) == [(2, 20), (3, 30), (1, 60)]
-    assert shared([40, 20, 900], 50, is_oldests_turn=True) == [(0, 40), (1, 10)]
+    """As many tokens of each, for one pass over the weights."""
+    assert shared([900, 60, 20, 30], 512, is_oldests_turn=False) == [(2, 20), (3, 20), (1, 20)]
+    assert shared([40, 20, 900], 50, is_oldests_turn=True) == [(0, 20), (1, 20)]
+    assert shared([40, 20, 900], 30, is_oldests_turn=True) == [(0, 20)]
+    assert shared([40, 40, 900], 30, is_oldests_turn=True) == [(0, 30)]
 
 
-def test_no_batch_has_a_few_tokens_that_are_over() -> None:
-    assert shared([257], 512, is_oldests_turn=True) == [(0, 257)]
-    assert shared([384], 512, is_oldests_turn=True) == [(0, 384)]
-    assert shared([385], 512, is_oldests_turn=True) == [(0, ALONE)]
+def test_a_batch_ends_where_the_cells_do_that_it_attends_to() -> None:
+    assert shared([257], 512, is_oldests_turn=True) == [(0, 256)]
+    assert shared([200], 512, is_oldests_turn=True) == [(0, 200)]
+    [sequence] = prompts(900)
+    sequence.n_kv = 96
+    assert share_alone([sequence], 512, is_oldests_turn=True) == [(sequence, 160)]
+    assert share_alone([sequence], 48, is_oldests_turn=True) == [(sequence, 48)]
 
 
 @given(
