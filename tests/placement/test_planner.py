@@ -284,29 +284,39 @@ def slots_of(shape: ModelShape, hardware: Hardware, **options: Any) -> tuple[int
 
 
 def test_a_cpu_serves_fewer_at_once_and_each_slot_has_its_own_cells() -> None:
-    """As long as they take an eighth of the RAM that the weights leave; else they share."""
-    kv_bytes = sum(kv_layer_bytes(MOE, Context(n_ctx=4096, n_slots=1, n_ubatch=512)))
-    for n_slots, found in [(9, (8, 4096, False)), (7, (4, 4096, False)), (3, (8, 8192, True))]:
-        weights = MOE.file_bytes
-        hardware = machine(ram=(weights + 8 * n_slots * kv_bytes) / GIB)
-        assert slots_of(MOE, hardware) == found
-    # As many as are asked for, or none.
-    plenty = machine(ram=(MOE.file_bytes + 8 * 9 * kv_bytes) / GIB)
-    assert slots_of(MOE, plenty, n_slots=6) == (6, 4096, False)
-    assert slots_of(MOE, plenty, n_slots=12) == (12, 12288, True)
-    assert slots_of(MOE, plenty, n_ctx=1000) == (8, 1000, False)
-    assert slots_of(MOE, plenty, n_ctx=1000, n_slots=1) == (1, 1000, True)
+    """As many as are asked for, in an eighth of the RAM that the weights leave; else they share."""
+    context = Context(n_ctx=4096, n_slots=1, n_ubatch=512, flash_attn=False)
+    kv_bytes = sum(kv_layer_bytes(MOE, context))
+    nine = machine(ram=(MOE.file_bytes + 8 * 9 * kv_bytes) / GIB)
+    assert slots_of(MOE, nine, n_slots=9) == (9, 4096, False)
+    assert slots_of(MOE, nine, n_slots=10) == (10, 10240, True)
+    assert slots_of(MOE, nine, n_ctx=1000, n_slots=1) == (1, 1000, True)
+    # Nobody asked for a load that takes longer.
+    assert slots_of(MOE, machine(ram=1000)) == (8, 8192, True)
+
+
+@pytest.mark.parametrize(
+    ("n_ctx_train", "found"),
+    [(2048, (8, 2048, False)), (4096, (4, 4096, False)), (8192, (8, 8192, True))],
+)
+def test_cells_that_nobody_asked_for_are_zeroed_soon(
+    n_ctx_train: int, found: tuple[int, int, bool]
+) -> None:
+    """Of 24 KiB a token, in 512 MiB; four slots are better than none."""
+    small = model(n_layer=3, n_expert=0, n_ctx_train=n_ctx_train)
+    assert slots_of(small, machine(ram=64)) == found
 
 
 def test_slots_share_their_cells_where_those_of_one_cannot_be_copied_to_another() -> None:
     """On a GPU, with flash attention, with sliding windows and with states."""
-    assert slots_of(MOE, machine(80))[2]
-    assert not slots_of(MOE, machine(ram=1000))[2]
-    assert slots_of(MOE, machine(ram=1000), flash_attn=True)[2]
-    assert not slots_of(MOE, machine(ram=1000), flash_attn=False)[2]
-    assert slots_of(MOE, machine(80, ram=1000), flash_attn=False)[2]
-    assert slots_of(model(n_expert=0, state_bytes=400_000), machine(ram=1000))[2]
-    assert slots_of(replace(MOE, n_swa=512), machine(ram=1000))[2]
+    cpu, gpu = machine(ram=1000), machine(80, ram=1000)
+    assert not slots_of(MOE, cpu, n_slots=4)[2]
+    assert not slots_of(MOE, cpu, n_slots=4, flash_attn=False)[2]
+    assert slots_of(MOE, cpu, n_slots=4, flash_attn=True)[2]
+    assert slots_of(MOE, gpu, n_slots=4)[2]
+    assert slots_of(MOE, gpu, n_slots=4, flash_attn=False)[2]
+    assert slots_of(model(n_expert=0, state_bytes=400_000), cpu, n_slots=4)[2]
+    assert slots_of(replace(MOE, n_swa=512), cpu, n_slots=4)[2]
 
 
 def test_each_slot_of_a_recurrent_model_costs_its_state() -> None:
