@@ -478,26 +478,29 @@ class Batcher:
                 generating = []
             else:
                 n_prefill = 0
-        prompts = self._share_out(prefilling, n_prefill)
-        if self._turns is not None:
-            for sequence, _ in prompts:
-                self._turns.on_next(sequence, now)
-        self._slots.gather()
-        shares = [(sequence, 1) for sequence in generating] + prompts
+        sequences = [*generating]
         if not self._kv_unified:
+            self._slots.gather()
             # Only so llama.cpp computes those together that are in neighbouring slots.
-            shares.sort(key=_slot_of)
-        chunks = [_chunk(sequence, n) for sequence, n in shares]
-        sequences = [sequence for sequence, _ in shares]
-        n_prefill = sum(n for _, n in prompts)
+            sequences.sort(key=_slot_of)
+        chunks = [_chunk(sequence, 1) for sequence in sequences]
+        if n_prefill:
+            prompts = self._share_out(prefilling, n_prefill, now)
+            sequences += [sequence for sequence, _ in prompts]
+            chunks += [_chunk(sequence, n) for sequence, n in prompts]
+            n_prefill = sum(n for _, n in prompts)
         return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, self._depth(chunks))
 
-    def _share_out(self, prefilling: list[Sequence], n_tokens: int) -> Shares:
-        if self._kv_unified:
-            return share_out(prefilling, n_tokens)
-        if n_tokens:
+    def _share_out(self, prefilling: list[Sequence], n_tokens: int, now: float) -> Shares:
+        if not self._kv_unified:
             self._is_oldests_turn = not self._is_oldests_turn
-        return share_alone(prefilling, n_tokens, is_oldests_turn=self._is_oldests_turn)
+            shares = share_alone(prefilling, n_tokens, is_oldests_turn=self._is_oldests_turn)
+            return sorted(shares, key=lambda share: _slot_of(share[0]))
+        shares = share_out(prefilling, n_tokens)
+        if self._turns is not None:
+            for sequence, _ in shares:
+                self._turns.on_next(sequence, now)
+        return shares
 
     def _depth(self, chunks: list[Chunk]) -> int:
         """Return how many tokens the attention of a batch's prompts goes over before their own."""
@@ -514,7 +517,6 @@ def _chunk(sequence: Sequence, n: int) -> Chunk:
     return Chunk(sequence.slot.id, start, tokens, start + n == len(sequence.tokens))
 
 
-def _slot_of(share: tuple[Sequence, int]) -> int:
-    slot = share[0].slot
-    assert slot is not None
-    return slot.id
+def _slot_of(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot.id

@@ -210,14 +210,15 @@ class Slots:
                 slot.sequence.n_kv = 0
 
     def gather(self) -> None:
-        """Let slots that run be neighbours, where each has cells of its own.
+        """Let slots that run be neighbours; for those with cells of their own.
 
         Not right behind a shift, which llama.cpp carries out with the next batch: what is moved
         before would never be shifted.
         """
-        if self._kv_unified or any(isinstance(op, KvShift) for op in self._ops):
+        running = [slot.id for slot in self._slots if slot.sequence is not None]
+        are_neighbours = not running or running[-1] - running[0] == len(running) - 1
+        if are_neighbours or any(isinstance(op, KvShift) for op in self._ops):
             return
-        running = {slot.id for slot in self._slots if slot.sequence is not None}
         n_tokens = [_n_held(slot) for slot in self._slots]
         for first, second in exchanges(n_tokens, running):
             self._exchange(self._slots[first], self._slots[second])

@@ -17,9 +17,13 @@ ENGINE = Path(shimpy.__file__).parent / "engine"
 N_STEPS = 20
 
 
-def opcodes_per_token(model: Path, n_streams: int, sampling: Sampling) -> float:
+def opcodes_per_token(
+    model: Path, n_streams: int, sampling: Sampling, *, kv_unified: bool = True
+) -> float:
     """Return the engine's instructions for a token while so many answers are generated."""
-    with loaded(model, n_ctx=1024, n_slots=n_streams, n_threads=1) as backend:
+    with loaded(
+        model, n_ctx=1024, n_slots=n_streams, n_threads=1, kv_unified=kv_unified
+    ) as backend:
         sent: list[ToDaemon] = []
         intake = Intake(send=sent.append, clock=lambda: 0.0)
         intake.serve(backend, embeds=False)
@@ -51,3 +55,11 @@ def test_a_token_costs_few_instructions(
     """Measured with Python 3.11, and a fifth: who adds work to each token should know it."""
     cost = opcodes_per_token(llama_model, n_streams, sampling)
     assert cost <= limit
+
+
+@pytest.mark.parametrize(("n_streams", "limit"), [(1, 1360 * 1.2), (8, 680 * 1.2)])
+def test_cells_of_its_own_cost_a_slot_few_more(
+    llama_model: Path, n_streams: int, limit: float
+) -> None:
+    sampling = Sampling(temperature=0.0)
+    assert opcodes_per_token(llama_model, n_streams, sampling, kv_unified=False) <= limit
