@@ -257,15 +257,18 @@ class Batcher:
         """
         if self._attends_idle:
             return self._slots.unsettled()
-        emptied = self._slots.next_emptied(Match(), for_restore=False)
+        return self._emptied(Match())
+
+    def _emptied(self, match: Match, *, for_restore: bool = False) -> list[IdleCache]:
+        """Return what the next slot to be emptied holds, if that was not looked at."""
+        emptied = self._slots.next_emptied(match, for_restore=for_restore)
         return [cache for cache in self._slots.unsettled() if cache.slot == emptied]
 
     def _copy_emptied(self, match: Match, *, for_restore: bool = False) -> Park | None:
         """Return the copy to make before the next in the queue gets a slot, of what that holds."""
         if self._parking is None:
             return None
-        emptied = self._slots.next_emptied(match, for_restore=for_restore)
-        caches = [cache for cache in self._slots.unsettled() if cache.slot == emptied]
+        caches = self._emptied(match, for_restore=for_restore)
         if not self._is_copy_due():
             caches = [without_strewn(cache) for cache in caches]
         return self._choose_copy(caches, may_cut=True)

@@ -9,7 +9,6 @@ sequence's, or of short ones, and ends where the cells do that it attends to: 25
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Final
 
 from shimpy.engine.sequence import ATTENDED_CELLS, Sequence
@@ -20,19 +19,17 @@ Shares = list[tuple[Sequence, int]]
 SHORT: Final = 64
 
 
-def share_out(prefilling: Iterable[Sequence], n_tokens: int) -> Shares:
-    """Divide the prefill tokens of a batch, the oldest first; who gets none is left out.
+def share_out(prefilling: list[Sequence], n_tokens: int) -> Shares:
+    """Divide the prefill tokens of a batch; sequences that get none are left out.
 
     The oldest gets at least half, so that a stream of short prompts can't starve it. The rest
     goes to those that are soonest done: the mean time to the first token is shortest so.
     """
     shares = dict.fromkeys(prefilling, 0)
-    if not n_tokens or not shares:
-        return []
-    oldest = next(iter(shares))
+    oldest = prefilling[0]
     shares[oldest] = min(oldest.n_pending, (n_tokens + 1) // 2)
     n_tokens -= shares[oldest]
-    for sequence in sorted(shares, key=lambda s: s.n_pending - shares[s]):
+    for sequence in sorted(prefilling, key=lambda s: s.n_pending - shares[s]):
         n = min(sequence.n_pending - shares[sequence], n_tokens)
         shares[sequence] += n
         n_tokens -= n

@@ -20,7 +20,7 @@ from shimpy.placement.compute import (
     device_compute_bytes,
     host_compute_bytes,
 )
-from shimpy.protocol.context import CELL_STEP, n_cells
+from shimpy.protocol.context import n_cells, pad_context
 from shimpy.protocol.messages import KvType
 
 # Elements and bytes of a block; ggml/src/ggml-common.h.
@@ -254,7 +254,7 @@ def _n_cells(shape: ModelShape, context: Context) -> tuple[int, int]:
         return n_all, n_all
     n_window = shape.n_swa * context.n_slots + context.n_ubatch
     # As the cache itself rounds (llama_kv_cache_iswa).
-    return n_all, -(-min(n_all, n_window) // CELL_STEP) * CELL_STEP
+    return n_all, pad_context(min(n_all, n_window))
 
 
 def _row(n_embd: int, kv_type: KvType) -> int:

@@ -13,13 +13,18 @@ CELL_STEP: Final = 256
 _ALIASED: Final = 1024
 
 
+def pad_context(n_ctx: int) -> int:
+    """Return a context's length as llama.cpp rounds it."""
+    return -(-n_ctx // CELL_STEP) * CELL_STEP
+
+
 def n_cells(n_ctx: int, *, flash_attn: bool, n_ctx_original: int = 0) -> int:
     """Return the cells for a context of `n_ctx` tokens.
 
     `n_ctx_original`: past this length the model turns positions otherwise (LongRoPE,
     llama_model::get_rope_factors goes by the cells); rounding does not lead there.
     """
-    n = -(-n_ctx // CELL_STEP) * CELL_STEP
+    n = pad_context(n_ctx)
     if flash_attn or n % _ALIASED or n <= n_ctx_original < n + CELL_STEP:
         return n
     return n + CELL_STEP

@@ -19,7 +19,7 @@ from shimpy.engine.llama.loader import Model
 from shimpy.engine.llama.log import LOG
 from shimpy.engine.llama.memory import read_memory
 from shimpy.errors import LoadError, UnsupportedError, WorkerError
-from shimpy.protocol.context import n_cells
+from shimpy.protocol.context import n_cells, pad_context
 from shimpy.protocol.messages import BufferUse, KvType, Load
 
 Row = npt.NDArray[np.float32]
@@ -68,7 +68,7 @@ class Context:
         self.n_slots = load.n_slots
         self._kv_unified = load.kv_unified
         # Cells may be a few more.
-        self.n_ctx = n_cells(load.n_ctx, flash_attn=True)
+        self.n_ctx = pad_context(load.n_ctx)
         self.n_batch: int = LL.llama_n_batch(self.handle)
         # Recurrent state is one vector: its parts can't be dropped, copied or moved.
         self.can_split = not (model.is_recurrent or model.is_hybrid)
