@@ -99,7 +99,6 @@ class Batcher:
         # A batch has room for one token of each sequence.
         n_slots = min(n_slots, n_batch)
         self._slots = Slots(n_slots, n_ctx, can_split=can_split, kv_unified=kv_unified)
-        self._kv_unified = kv_unified
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._full: list[Sequence] = []
@@ -148,7 +147,7 @@ class Batcher:
             n = len(chunk.tokens)
             sequence.n_kv += n
             grow(chunk.slot, n)
-        self._slots.n_mixed += self._kv_unified and len(batch.chunks) > 1
+        self._slots.n_mixed += self._slots.kv_unified and len(batch.chunks) > 1
 
     def on_timed(self, batch: Batch, elapsed_s: float) -> None:
         """Learn from how long a batch took; who waits for its tokens need not wait for this."""
@@ -426,7 +425,7 @@ class Batcher:
         Idle caches do not count: they give way. Alone, or with cells of its own, a sequence
         always fits.
         """
-        if not self._running or not self._kv_unified:
+        if not self._running or not self._slots.kv_unified:
             return True
         n_left = sequence.n_predict - sequence.n_generated
         n_need = len(sequence.tokens) - match.n_from_busy + min(MARGIN, n_left)
@@ -474,7 +473,7 @@ class Batcher:
         now: float,
     ) -> Batch:
         self._may_restore = self._may_copy = True
-        if not self._kv_unified and generating and n_prefill:
+        if not self._slots.kv_unified and generating and n_prefill:
             # One batch would be two passes over the weights all the same, and a worse cut.
             self._is_prompts_turn = not self._is_prompts_turn
             if self._is_prompts_turn:
@@ -482,7 +481,7 @@ class Batcher:
             else:
                 n_prefill = 0
         sequences = [*generating]
-        if not self._kv_unified:
+        if not self._slots.kv_unified:
             self._slots.gather()
             # Only so llama.cpp computes those together that are in neighbouring slots.
             sequences.sort(key=_slot_of)
@@ -495,7 +494,7 @@ class Batcher:
         return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, self._depth(chunks))
 
     def _share_out(self, prefilling: list[Sequence], n_tokens: int, now: float) -> Shares:
-        if not self._kv_unified:
+        if not self._slots.kv_unified:
             self._is_oldests_turn = not self._is_oldests_turn
             shares = share_alone(prefilling, n_tokens, is_oldests_turn=self._is_oldests_turn)
             return sorted(shares, key=lambda share: _slot_of(share[0]))

@@ -52,7 +52,7 @@ class Slots:
         self.cells = Cells(n_slots, n_cells)
         self._slots = [Slot(index) for index in range(n_slots)]
         self._can_split = can_split
-        self._kv_unified = kv_unified
+        self.kv_unified = kv_unified
         self._ops: list[KvOp] = []
         self._tick = 0
         # Idle slots may hold something that was not looked at yet, or is to be dropped.
@@ -121,7 +121,7 @@ class Slots:
         is_shared = owner is not None or _is_part(n_now, n_kv)
         if is_shared and n_common < MIN_SHARED:
             return Match()
-        if is_shared and not self._kv_unified and n_kv > MAX_COPIED * n_common:
+        if is_shared and not self.kv_unified and n_kv > MAX_COPIED * n_common:
             return Match()
         # Only an older one is waited for: no two can wait for each other.
         is_older = owner is not None and owner.order < sequence.order
@@ -168,7 +168,7 @@ class Slots:
             return
         assert sequence.slot is not None
         self._ops.append(KvCopy(source.id, sequence.slot.id, match.n_now))
-        if self._kv_unified:
+        if self.kv_unified:
             self.cells.share(source.id, sequence.slot.id, match.n_now)
         else:
             self.cells.grow(sequence.slot.id, match.n_now)
