@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from shimpy.units import MIB
 
 # What a process takes on a CUDA card besides llama.cpp's buffers, until it is learnt (`overhead`):
-# a context of 530 MiB, and 70 more with the first answer; heavy work claims 116 to 166 beyond that.
+# a context of 330 MiB, and 70 more with the first answer; heavy work claims 116 to 166 beyond that.
 # Measured on an H200; smaller cards take less.
-CUDA_OVERHEAD_BYTES = 600 * MIB
+CUDA_OVERHEAD_BYTES = 402 * MIB
 CUDA_WORKSPACE_BYTES = 192 * MIB
 
 

@@ -21,6 +21,7 @@ from shimpy.placement.cards import CardSources
 from shimpy.placement.hardware import Gpu, Hardware
 from shimpy.placement.overhead import Learnt, learn, with_learnt
 from shimpy.placement.usage import CardUse, held_by, read_cards
+from shimpy.protocol.cuda import STACK_BYTES
 from shimpy.protocol.messages import BufferUse
 from shimpy.registry.disk import write_file
 
@@ -129,8 +130,9 @@ class Overheads:
 
 
 def _key(gpu: Gpu, hardware: Hardware) -> str:
-    """Return what an overhead depends on: the kind of card, its driver, and the library."""
-    return f"{gpu.backend}; {gpu.description}; {gpu.driver}; {hardware.library}"
+    """Return what an overhead depends on: the kind of card, its driver, the library, its stacks."""
+    made = f"; stacks of {STACK_BYTES}" if gpu.backend == "CUDA" else ""
+    return f"{gpu.backend}; {gpu.description}; {gpu.driver}; {hardware.library}{made}"
 
 
 def _read(path: Path | None) -> dict[str, Learnt]:

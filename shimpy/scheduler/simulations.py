@@ -36,7 +36,7 @@ from shimpy.protocol.messages import BufferUse, Load, Simulated
 from shimpy.registry.disk import write_file
 from shimpy.registry.model import Model
 from shimpy.scheduler.loads import simulated_load
-from shimpy.units import GIB
+from shimpy.units import MIB
 
 SIMULATE_ARGV: Final = (sys.executable, "-m", "shimpy.engine", "--simulate")
 FILE_NAME: Final = "simulations.json"
@@ -46,8 +46,8 @@ TIMEOUT_S: Final = 6.0
 ROUNDS: Final = 4
 # After a failure a model is not simulated again for this long.
 _RETRY_S: Final = 600.0
-# A simulation takes a driver's context on the card, 530 MiB on an H200, while it runs.
-_ROOM_BYTES: Final = 1 * GIB
+# A simulation takes a driver's context on the card, 330 MiB on an H200, while it runs.
+_ROOM_BYTES: Final = 768 * MIB
 # Of the RAM that is available; above it, a placement without a GPU is simulated too.
 _TIGHT: Final = 0.75
 _MAX_ROWS: Final = 4096

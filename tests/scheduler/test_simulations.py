@@ -272,7 +272,7 @@ def test_nothing_is_simulated_where_it_cannot_be_or_has_no_room() -> None:
     truth = Truth(MOE)
     simulations = Simulations(None, run=truth)
     hardware = known_machine(8)
-    full = replace(hardware, gpus=(replace(hardware.gpus[0], free_bytes=GIB - MIB),))
+    full = replace(hardware, gpus=(replace(hardware.gpus[0], free_bytes=767 * MIB),))
     for unable in (
         machine(8),
         suppose(hardware, vram_bytes=[8 * GIB], ram_bytes=None),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shimpy.engine.llama.cuda import limit_stacks
 from shimpy.engine.llama.devices import find_devices
 from shimpy.engine.llama.failures import load_error
 from shimpy.engine.llama.library import LL, Pointer, bind
@@ -79,6 +80,7 @@ def load_model(load: Load, *, on_progress: OnProgress, simulated: bool = False) 
     install_log()
     LOG.clear()
     LL.llama_backend_init()
+    limit_stacks(load.devices)
     progress = _Progress(on_progress)
     # Everything that the parameters point to lives in these locals until the call returns.
     devices = (ctypes.c_void_p * (len(load.devices) + 1))(*find_devices(load.devices))

@@ -1,7 +1,7 @@
 """What loads would take, by llama.cpp's own arithmetic: all is laid out, nothing is allocated.
 
 A simulated model takes 40 ms, or 0.2 s with a vocabulary of 100,000 tokens, and each context
-of it some 10 ms. On a card the process holds a context of the driver's (530 MiB on an H200)
+of it some 10 ms. On a card the process holds a context of the driver's (330 MiB on an H200)
 until it ends. Verified there: it is what the real load takes, to 0.1 MiB.
 """
 

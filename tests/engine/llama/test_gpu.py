@@ -6,6 +6,7 @@ other batch sizes, and the last bits choose between tokens that are nearly as li
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from shimpy.engine.llama import list_devices
 from shimpy.errors import LoadError
+from shimpy.protocol.cuda import STACK_BYTES
 from shimpy.protocol.messages import BufferUse
 from tests.engine.llama.running import generate, load, loaded, logits, prefill
 from tests.synthetic import CHAIN_TEXT, write_deepseek, write_llama
@@ -54,6 +56,18 @@ def test_layers_and_cache_lie_on_the_gpu(llama_model: Path, gpu: str) -> None:
     assert held["CPU"].model_bytes == 512 * 64 * 4
     assert held[gpu].model_bytes > 0.7 * llama_model.stat().st_size
     assert held[gpu].context_bytes == 512 * 2 * 2 * 16 * 2 * 2
+
+
+def test_the_context_keeps_small_stacks(llama_model: Path, gpu: str) -> None:
+    """The driver raises the limit where a kernel needs more: none of these does."""
+    if not gpu.startswith("CUDA"):
+        pytest.skip(f"{gpu} has no CUDA context")
+    cuda, stack = ctypes.CDLL("libcuda.so.1"), ctypes.c_size_t()
+    with loaded(llama_model, devices=[gpu], n_gpu_layers=99) as backend:
+        prefill(backend, [65, 66, 67, 68])
+        # The CUDA runtime has made the context that it shares the current one.
+        assert cuda.cuCtxGetLimit(ctypes.byref(stack), 0) == 0
+    assert stack.value == STACK_BYTES
 
 
 def test_experts_stay_in_host_memory(tmp_path: Path, gpu: str) -> None:
