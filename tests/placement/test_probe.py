@@ -250,7 +250,7 @@ def test_free_memory_comes_from_nvml_by_the_bus_address(tmp_path: Path, host: Ho
     ]
     assert snapshot.unusable == ()
     assert snapshot.host.available_bytes == 59 * GIB
-    assert {gpu.overhead_bytes + gpu.workspace_bytes for gpu in snapshot.gpus} == {792 * MIB}
+    assert {gpu.overhead_bytes + gpu.workspace_bytes for gpu in snapshot.gpus} == {594 * MIB}
 
 
 def test_llama_cpp_is_asked_once_where_a_driver_tells_the_rest(
