@@ -143,8 +143,12 @@ def test_a_state_comes_back_beside_running_slots(llama_model: Path, tmp_path: Pa
 def test_what_is_parked_beside_others_goes_on_as_if_it_never_left(
     kind: str, tmp_path: Path
 ) -> None:
-    """Its cells lay strewn between theirs; what it was, and is restored as, is the same."""
-    with loaded(KINDS[kind](tmp_path / "model.gguf"), flash_attn="off", n_ctx=1024) as backend:
+    """Its cells lay strewn between theirs; what it was, and is restored as, is the same.
+
+    In F32: an F16 cache would round sums that are made in another order.
+    """
+    model = KINDS[kind](tmp_path / "model.gguf")
+    with loaded(model, flash_attn="off", n_ctx=1024, kv_type="f32") as backend:
         whole = SavedPrefixes(whole=backend.state_is_whole)
         store = ParkedPrefixes(backend, whole, limit=1 << 30, available=lambda: 1 << 40)
         for at in range(0, 120, 20):
