@@ -73,6 +73,7 @@ class FakeBackend:
     eos_id = EOS
     has_fim = True
     n_overridden = 0
+    untouched_bytes = 0
     state_key = "fake"
 
     def __init__(

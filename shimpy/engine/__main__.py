@@ -222,6 +222,7 @@ def _ready(backend: Backend, load_s: float) -> Ready:
         bos_text=name(backend.bos_id),
         eos_text=name(backend.eos_id),
         n_overridden=backend.n_overridden,
+        untouched_bytes=backend.untouched_bytes,
     )
 
 

@@ -80,6 +80,8 @@ class Backend(Protocol):
     state_key: str
     # Tensors that llama.cpp said it put elsewhere than the layer: experts kept in host memory.
     n_overridden: int
+    # RAM that the KV cache takes only as it is used, and that nothing had used once it was made.
+    untouched_bytes: int
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         """Return the text's tokens, without start or end tokens."""

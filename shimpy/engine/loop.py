@@ -24,6 +24,7 @@ from shimpy.engine.parking import QUIET_S
 from shimpy.engine.prefix_store import PrefixStore
 from shimpy.engine.sequence import KvCopy, KvExchange, KvOp, KvRemove, KvShift, Sequence
 from shimpy.engine.text_embeddings import TextEmbeddings
+from shimpy.engine.untouched import Untouched
 from shimpy.errors import ProtocolError, QueueFullError, ShimpyError, WorkerError
 from shimpy.protocol.messages import (
     Cancel,
@@ -91,6 +92,7 @@ class Engine:
         self._plain = Pieces(backend, special=False)
         self._special = Pieces(backend, special=True)
         self._outbox = Outbox(send)
+        self._untouched = Untouched(backend.untouched_bytes)
         self._stats = Stats(0, 0, 0)
         self._stats_sent_s = -STATS_INTERVAL_S
         self._is_stopping = False
@@ -380,4 +382,10 @@ class Engine:
     def _measure(self) -> Stats:
         batcher = self._batcher
         parked_bytes = 0 if self._parked is None else self._parked.n_bytes
-        return Stats(batcher.n_running, batcher.n_waiting, batcher.n_kv_used, parked_bytes)
+        return Stats(
+            batcher.n_running,
+            batcher.n_waiting,
+            batcher.n_kv_used,
+            parked_bytes,
+            self._untouched.n_bytes,
+        )

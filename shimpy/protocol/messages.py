@@ -272,6 +272,8 @@ class Ready(_Message, frozen=True):
     eos_text: str = ""
     # llama.cpp's own words on each tensor whose buffer was overridden, for `ps` and the log.
     n_overridden: int = 0
+    # Of the buffers, RAM that is taken only as it is used.
+    untouched_bytes: int = 0
 
 
 class LoadFailed(_Message, frozen=True):
@@ -361,6 +363,8 @@ class Stats(_Message, frozen=True):
     n_kv_used: int
     # RAM that states of idle slots take beside the KV cache.
     parked_bytes: int = 0
+    # As Ready's, by now; about.
+    untouched_bytes: int = 0
 
 
 class PrefixNews(_Message, frozen=True):

@@ -26,7 +26,7 @@ from shimpy.errors import LoadError, ShimpyError, StoppingError
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Plan, PlanOptions
-from shimpy.protocol.messages import Ready
+from shimpy.protocol.messages import Ready, Stats
 from shimpy.registry.model import Model
 from shimpy.scheduler import failures, policy, upkeep
 from shimpy.scheduler.books import Books, Limits
@@ -195,6 +195,7 @@ class SchedulerCore:
             return []
         resident.phase = Phase.READY
         resident.ready = ready
+        resident.untouched_bytes = ready.untouched_bytes
         resident.ready_s = resident.idle_since_s = now
         queue = self._books.queues[resident.key]
         if resident.move is not None and not queue.waiting:
@@ -207,17 +208,20 @@ class SchedulerCore:
         effects += self._books.grant_waiting(queue, now)
         return self._settle(effects, now)
 
-    def on_parked(self, worker: WorkerId, n_bytes: int, now: float) -> list[Effect]:
-        """Note how much RAM a worker's parked caches take.
+    def on_stats(self, worker: WorkerId, stats: Stats, now: float) -> list[Effect]:
+        """Note how much RAM a worker's parked caches take, and what it will take yet.
 
         Once it has given up what it was told to, a snapshot of before is of no use any more.
         """
         resident = self._books.residents.get(worker)
-        if resident is None or resident.parked_bytes == n_bytes:
+        if resident is None:
             return []
-        if resident.parked_bytes > resident.parked_limit >= n_bytes:
+        resident.untouched_bytes = stats.untouched_bytes
+        before, resident.parked_bytes = resident.parked_bytes, stats.parked_bytes
+        if before == stats.parked_bytes:
+            return []
+        if before > resident.parked_limit >= stats.parked_bytes:
             self._snapshots.overtake()
-        resident.parked_bytes = n_bytes
         return self._settle([], now)
 
     def on_load_failed(

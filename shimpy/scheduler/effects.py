@@ -60,7 +60,7 @@ class SetThreads:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitParked:
-    """Let a worker park no more than this from its next step on; ends in on_parked."""
+    """Let a worker park no more than this from its next step on; ends in on_stats."""
 
     worker: WorkerId
     n_bytes: int

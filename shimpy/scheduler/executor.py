@@ -175,7 +175,7 @@ class Executor:
             self.carry_out(effects)
 
         def on_stats(stats: Stats) -> None:
-            self.carry_out(core.on_parked(start.worker, stats.parked_bytes, clock.now()))
+            self.carry_out(core.on_stats(start.worker, stats, clock.now()))
 
         def on_prefix(news: PrefixNews) -> None:
             event = HistoryEvent.of_prefix(name, news, time.time())

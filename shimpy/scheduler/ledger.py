@@ -1,7 +1,8 @@
 """Who holds which memory: a hardware snapshot, corrected for what it can't know. Pure.
 
-A snapshot says what is free now. It misses what a worker that is still loading will take,
-and mapped weights, which the system counts as available though a model is using them. And it
+A snapshot says what is free now. It misses what a worker that is still loading will take, what a
+loaded one has not touched yet, and mapped weights, which the system counts as available though a
+model is using them. And it
 can't know what comes back when a resident leaves, or gives up its parked caches: these show as
 taken (they are shared memory to the kernel), and are there for whoever wants the RAM.
 """
@@ -25,7 +26,7 @@ class Use:
 
     # Per device, by llama.cpp's name; without the host.
     devices: dict[str, int]
-    # Host memory that a snapshot shows as taken once the model is loaded.
+    # Host memory that a snapshot shows as taken once the model has used all of it.
     host: int
     # Mapped weights: available to the system, needed by the model.
     mapped: int
@@ -174,6 +175,7 @@ class Ledger:
         change: Counter[str] = Counter()
         for resident in self.residents:
             use = use_of(resident)
+            change[HOST] -= resident.untouched_bytes
             if not is_parked_kept:
                 change[HOST] += resident.parked_bytes
             if resident.worker in gone:
@@ -206,7 +208,7 @@ class Ledger:
         kept.update(claimed)
 
         def left(name: str, free: int, total: int) -> int:
-            # Buffers that were never touched show as free: our own books bound the rest.
+            # Compute buffers that were never touched show as free: our own books bound the rest.
             return max(0, min(free + change[name], total - kept[name]))
 
         hardware = self._hardware

@@ -108,6 +108,8 @@ class Resident:
     # RAM that its parked caches take, as it told last, and that they may take, as it was told.
     parked_bytes: int = 0
     parked_limit: int = 0
+    # RAM that its buffers will take yet, as it told last: untouched so far.
+    untouched_bytes: int = 0
     # It is never evicted, nor made smaller for others, and outlives its keep_alive.
     is_pinned: bool = False
     # A request for another model that has waited too long for this one's memory: requests

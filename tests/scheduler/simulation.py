@@ -15,7 +15,7 @@ from typing import assert_never
 from shimpy.errors import DoesNotFitError, ShimpyError
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import PlanOptions, Rung
-from shimpy.protocol.messages import Ready
+from shimpy.protocol.messages import Ready, Stats
 from shimpy.registry.model import Model
 from shimpy.scheduler import effects as fx
 from shimpy.scheduler.books import Limits
@@ -143,7 +143,7 @@ class Simulation:
         if self.snapshot is not None:
             # As if it had been taken now.
             self.snapshot = self.measure()
-        self.do(self.core.on_parked(worker, process.parked, self.now))
+        self.do(self.core.on_stats(worker, Stats(0, 0, 0, process.parked), self.now))
 
     def hears(self, worker: WorkerId) -> None:
         """A worker gets to know its limit, and gives up what is over it."""
@@ -151,7 +151,7 @@ class Simulation:
         assert process.told_limit is not None
         process.parked_limit, process.told_limit = process.told_limit, None
         process.parked = min(process.parked, process.parked_limit)
-        self.do(self.core.on_parked(worker, process.parked, self.now))
+        self.do(self.core.on_stats(worker, Stats(0, 0, 0, process.parked), self.now))
 
     @property
     def told(self) -> list[WorkerId]:

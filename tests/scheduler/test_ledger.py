@@ -70,6 +70,16 @@ def test_buffers_that_were_never_touched_are_counted() -> None:
     assert free_mib(Ledger(alone, [resident])) == (700, 800)
 
 
+def test_what_was_not_touched_yet_is_not_for_others() -> None:
+    """The snapshot shows it as free, and no more than was taken comes back."""
+    resident = make_resident(make_rung(ram=200))
+    resident.untouched_bytes = 150 * MIB
+    ledger = Ledger(taken(EMPTY, ram=50 * MIB), [resident])
+    assert free_mib(ledger) == (1000, 800)
+    assert ledger.present().host.available_bytes == 800 * MIB
+    assert free_mib(ledger, resident) == (1000, 1000)
+
+
 def test_mapped_weights_are_available_to_the_system_but_not_to_others() -> None:
     resident = make_resident(make_rung(ram=400, locked=False))
     ledger = Ledger(EMPTY, [resident])

@@ -49,6 +49,7 @@ class LlamaBackend:
         self.state_is_whole = not self.can_split or model.n_swa > 0
         self.state_key = _state_key(model, load, self.n_ctx)
         self.n_overridden = LOG.n_overridden
+        self.untouched_bytes = work.untouched_bytes if isinstance(work, Context) else 0
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         """Return the text's tokens, without start or end tokens; from any thread."""

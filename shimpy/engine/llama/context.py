@@ -1,4 +1,4 @@
-"""A llama_context: one unified KV cache for all slots, batches in, rows of logits out."""
+"""A llama_context: the KV cache of all slots, batches in, rows of logits out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from shimpy.engine.backend import Chunk, DecodeStatus
 from shimpy.engine.llama.batch import Batch
 from shimpy.engine.llama.failures import load_error, refused
+from shimpy.engine.llama.lazy import lazily_cleared
 from shimpy.engine.llama.library import LL, Pointer, bind
 from shimpy.engine.llama.loader import Model
 from shimpy.engine.llama.log import LOG
@@ -57,7 +58,10 @@ class Context:
         Raises:
             LoadError: not enough memory, or the model generates no text.
         """
-        self.handle = new_context(model, load, _params(model, load))
+        with lazily_cleared() as clearing:
+            self.handle = new_context(model, load, _params(model, load))
+        # Of the KV cache, what takes RAM only once it is used.
+        self.untouched_bytes = clearing.untouched_bytes
         self._memory: Pointer = LL.llama_get_memory(self.handle)
         if not self._memory or model.has_encoder:
             self.close()
