@@ -59,9 +59,8 @@ _PLAIN_SHARE: Final = 16
 # It also goes over all cells in use, whoever holds them: with 8 slots of 1024 tokens in one cache
 # a prompt takes 5.4 times as long as with cells for each, and a step 1.5 times. Each slot gets as
 # many as all would share where they take no more than this part of the RAM that is free beside
-# the weights; and, if nobody asked for so many slots, no more than is zeroed in 0.1 to 0.25 s.
+# the weights.
 _APART_SHARE: Final = 8
-_APART_BYTES: Final = 512 * MIB
 # A quantized V cache can only be read by flash attention.
 PLAIN_KV: Final = ("f32", "f16", "bf16")
 
@@ -243,8 +242,6 @@ class Search:
             return
         n_ctx = min(plain.n_ctx, shape.n_ctx_train or plain.n_ctx)
         asked = self.options.n_slots
-        if asked is None:
-            most_bytes = min(most_bytes, _APART_BYTES)
         for n_slots in (N_SLOTS_CPU, N_SLOTS_APART) if asked is None else (asked,):
             apart = replace(plain, n_ctx=n_ctx, n_slots=n_slots, kv_unified=False)
             if n_slots > 1 and sum(kv_layer_bytes(shape, apart)) <= most_bytes:

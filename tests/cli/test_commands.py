@@ -56,11 +56,15 @@ def chat(env: dict[str, str], *args: str) -> Iterator[Terminal]:
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
     ) as process:  # fmt: skip
         os.close(theirs)
-        terminal = Terminal(ours)
-        terminal.read_until(">>> ")
-        yield terminal
-        assert process.wait(30) == 0
-    os.close(ours)
+        try:
+            terminal = Terminal(ours)
+            terminal.read_until(">>> ")
+            yield terminal
+            assert process.wait(30) == 0
+        finally:
+            # What failed may have left it waiting for more.
+            process.kill()
+            os.close(ours)
 
 
 def background(home: Path) -> psutil.Process:
@@ -143,7 +147,9 @@ def test_several_pasted_lines_are_one_message_of_a_chat(daemon: Daemon) -> None:
 
 
 def test_ctrl_c_ends_an_answer_and_the_next_prompt_begins_a_line(daemon: Daemon) -> None:
-    with chat(daemon.env, "tiny-deepseek", "-o", "num_predict=100000") as terminal:
+    # Drawn at random, its text may end by itself before that.
+    endless = ("-o", "num_predict=100000", "-o", "temperature=0")
+    with chat(daemon.env, "tiny-deepseek", *endless) as terminal:
         terminal.type("hello\r")
         terminal.read_until("hello\r\n")
         terminal.read()

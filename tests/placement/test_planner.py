@@ -291,20 +291,16 @@ def test_a_cpu_serves_fewer_at_once_and_each_slot_has_its_own_cells() -> None:
     assert slots_of(MOE, nine, n_slots=9) == (9, 4096, False)
     assert slots_of(MOE, nine, n_slots=10) == (10, 10240, True)
     assert slots_of(MOE, nine, n_ctx=1000, n_slots=1) == (1, 1000, True)
-    # Nobody asked for a load that takes longer.
-    assert slots_of(MOE, machine(ram=1000)) == (8, 8192, True)
 
 
-@pytest.mark.parametrize(
-    ("n_ctx_train", "found"),
-    [(2048, (8, 2048, False)), (4096, (4, 4096, False)), (8192, (8, 8192, True))],
-)
-def test_cells_that_nobody_asked_for_are_zeroed_soon(
-    n_ctx_train: int, found: tuple[int, int, bool]
+@pytest.mark.parametrize(("n_fitting", "found"), [(8, (8, False)), (4, (4, False)), (3, (8, True))])
+def test_four_slots_with_cells_of_their_own_are_better_than_none(
+    n_fitting: int, found: tuple[int, bool]
 ) -> None:
-    """Of 24 KiB a token, in 512 MiB; four slots are better than none."""
-    small = model(n_layer=3, n_expert=0, n_ctx_train=n_ctx_train)
-    assert slots_of(small, machine(ram=64)) == found
+    context = Context(n_ctx=8192, n_slots=1, n_ubatch=512, flash_attn=False)
+    kv_bytes = sum(kv_layer_bytes(DENSE, context))
+    ram = (DENSE.file_bytes + 8 * (n_fitting + 0.5) * kv_bytes) / GIB
+    assert slots_of(DENSE, machine(ram=ram)) == (found[0], 8192, found[1])
 
 
 def test_slots_share_their_cells_where_those_of_one_cannot_be_copied_to_another() -> None:
