@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Final
 
-# Shorter batches tell less of what a token takes.
-_TELLING: Final = 48
+from shimpy.engine.pace import LEAST_CHUNK
+
 # What an older batch counts, beside the next.
 _FADING: Final = 0.95
 # Batches whose depths differ by less on average tell nothing of what depth costs.
@@ -30,7 +30,7 @@ class Attention:
 
         Means, variance and covariance with fading weights; Welford's method, as West (1979) has it.
         """
-        if n_tokens < _TELLING:
+        if n_tokens < LEAST_CHUNK:
             return
         self._weight = _FADING * self._weight + 1
         share = 1 / self._weight

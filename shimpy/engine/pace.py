@@ -5,7 +5,8 @@ cores (measured with a 200M model: 0.17 s where a prompt begins, 0.34 s behind 1
 it; with 256 0.38 and 0.60 s, and the prompt's first token comes no sooner). Where that is too
 long it shrinks, as long as that costs little: 96 tokens take 0.25 s behind 1,400 and the whole
 prompt 2 % longer, 64 0.19 s and 12 % longer, 32 0.11 s and 33 %. (On one thread 64 take 0.35 s
-and 48 0.24 s there, and the whole prompt as long.) But beside eight streams with
+and 48 0.24 s there, and the whole prompt as long; without AVX512 48 take 0.25 s and 32 0.17, each
+token 1.04 times as long.) But beside eight streams with
 256 tokens each, 64 take 25 % more of the processor's time: where several prompts wait, what is lost
 is lost to all of them, and it is not shortened. It grows where batches are
 quick, and where a longer one saves much time: with experts in RAM most of a batch's time goes
@@ -21,7 +22,7 @@ from typing import Final
 MIN_CHUNK: Final = 128
 # It is shortened to these where it would take longer than this, unless each token would take so
 # many times as long then.
-_SHORTER: Final = (96, 64, 48)
+_SHORTER: Final = (96, 64, 48, 32)
 LEAST_CHUNK: Final = _SHORTER[-1]
 LONG_S: Final = 0.19
 _MAX_LOSS: Final = 1.3
@@ -31,8 +32,9 @@ STALL_S: Final = 0.1
 MAX_GROWTH: Final = 1.5
 # Batches whose sizes differ by less are taken for one size.
 _NEAR: Final = 32
-# Shorter batches tell nothing: with experts in RAM they are computed where those are.
-_LEAST: Final = 48
+# Shorter batches tell nothing: with experts in RAM they are computed where those are (fewer than
+# 32 tokens; ggml-cuda.cu, ggml_backend_cuda_device_offload_op).
+_LEAST: Final = LEAST_CHUNK
 # A busy machine only ever makes a batch slower: the best rate of a size counts. It falls with each
 # slower batch, and is forgotten after this many batches of other sizes.
 _FALLING: Final = 1.05

@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from shimpy.engine.pace import LEAST_CHUNK
 from shimpy.engine.sequence import IdleCache
 
 # A client that goes on at once has asked again by then.
@@ -33,8 +34,6 @@ SHARE: Final = 0.04
 # Of a prompt's time, what each idle cell adds at the least: 0.0008 with a 200M model. With larger
 # ones it is less, but there a copy takes still less of the time.
 _SLOWED: Final = 0.00025
-# Shorter batches tell less of what a prompt's token takes.
-_TELLING: Final = 48
 # So many pieces are no matter.
 _FEW_STREWN: Final = 16
 
@@ -64,7 +63,7 @@ class Parking:
     def on_batch(self, elapsed_s: float, n_prefill: int) -> None:
         """Note how long a batch took, and how many of its tokens were of prompts."""
         self._debt_s -= min(self._debt_s, SHARE * elapsed_s)
-        if n_prefill >= _TELLING:
+        if n_prefill >= LEAST_CHUNK:
             self._token_s = elapsed_s / n_prefill
 
     def on_copy(self, elapsed_s: float) -> None:

@@ -24,6 +24,12 @@ def test_a_number_is_its_median_and_a_ratio_that_of_the_rounds() -> None:
     assert [(one.found, one.is_met) for one in found] == [(20, True), (20, False), (1, True)]
 
 
+def test_where_rounds_are_many_it_is_told_how_far_they_differ() -> None:
+    rounds = [{"shimpy": {"n": float(n)}} for n in (50, 10, 40, 20, 30)]
+    (found,) = verdicts("work", [at_most("n", 35)], rounds)
+    assert str(found) == "met 30 (20 to 40) work: n <= 35"
+
+
 def test_who_was_not_there_is_no_target() -> None:
     assert not list(verdicts("work", [at_least("tok_per_s", 1, "xllamacpp")], ROUNDS))
 

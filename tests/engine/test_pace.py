@@ -31,7 +31,7 @@ def test_on_a_slow_machine_chunks_stay_short(before: tuple[int, ...]) -> None:
     assert set(settle(lambda n: 0.01 + n * 0.00135, before=before)[2:]) == {MIN_CHUNK}
 
 
-@pytest.mark.parametrize(("token_s", "expected"), [(0.0018, 96), (0.003, LEAST_CHUNK)])
+@pytest.mark.parametrize(("token_s", "expected"), [(0.0018, 96), (0.003, 48), (0.005, LEAST_CHUNK)])
 @pytest.mark.parametrize("before", [(), (64,), (512,), (64, 512, 2048)])
 def test_where_they_would_be_long_they_shrink(
     before: tuple[int, ...], token_s: float, expected: int
@@ -120,7 +120,7 @@ def test_they_are_never_longer_than_a_batch() -> None:
 
 def test_a_short_batch_says_nothing() -> None:
     pace = Pace(2048)
-    for n in (1, 20, 40):
+    for n in (1, 20, 31):
         pace.on_batch(n, 0.0)
     assert pace.chunk == MIN_CHUNK
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from tests.benchmarks.peers.systems import SYSTEMS, Place, System
 from tests.benchmarks.peers.targets import summary, verdicts
 
 Result = dict[str, Any]
+
+_MOST_ROUNDS = 25
 
 
 def main() -> int:
@@ -41,7 +44,8 @@ def main() -> int:
     if arguments.list:
         print("\n".join(one.name for one in chosen))
         return 0
-    measure = _Measure(place, present, rounds=arguments.rounds, budget_s=arguments.budget)
+    bounds = _Bounds(arguments.rounds, fill_s=arguments.fill, budget_s=arguments.budget)
+    measure = _Measure(place, present, bounds)
     for _, group in itertools.groupby(chosen, key=lambda one: getattr(one, "model", None)):
         measure.group(list(group))
     machine = report.machine_of(place.peers_python)
@@ -67,7 +71,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--without", nargs="*", default=[], choices=ALL, help="contenders")
     parser.add_argument("--quick", action="store_true", help="fewer kinds of work")
     parser.add_argument("--list", action="store_true", help="print the names of the scenarios")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at least")
+    parser.add_argument(
+        "--fill", type=float, default=60, metavar="S", help="more rounds of what takes less"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--budget", type=float, default=240, metavar="S", help="no new round of a scenario after"
@@ -92,16 +99,27 @@ def _is_chosen(one: Scenario | System, arguments: argparse.Namespace) -> bool:
     return not arguments.only or any(text in one.name for text in arguments.only)
 
 
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """How many rounds a scenario gets: so many, more within `fill_s`, none after `budget_s`."""
+
+    n_rounds: int
+    fill_s: float
+    budget_s: float
+
+    def has_another(self, n_done: int, took_s: float) -> bool:
+        if n_done >= _MOST_ROUNDS or took_s > self.budget_s:
+            return False
+        return n_done < self.n_rounds or took_s <= self.fill_s
+
+
 class _Measure:
     """Runs the rounds and keeps what they gave."""
 
-    def __init__(
-        self, place: Place, present: Sequence[str], *, rounds: int, budget_s: float
-    ) -> None:
+    def __init__(self, place: Place, present: Sequence[str], bounds: _Bounds) -> None:
         self._place = place
         self._present = present
-        self._rounds = rounds
-        self._budget_s = budget_s
+        self._bounds = bounds
         self.results: dict[str, Result] = {}
 
     def group(self, group: Sequence[Scenario | System]) -> None:
@@ -155,10 +173,7 @@ class _Measure:
     def _rounds_of(self, one: Scenario | System, names: Sequence[str], measure: Any) -> None:
         rounds: list[dict[str, dict[str, float]]] = []
         started_s = time.monotonic()
-        for index in range(self._rounds):
-            if time.monotonic() - started_s > self._budget_s:
-                _say(f"{one.name}: {index} rounds in {self._budget_s:.0f} s are all")
-                break
+        while self._bounds.has_another(index := len(rounds), time.monotonic() - started_s):
             found = {}
             # Each is the first one now and then: a warm cache helps whoever comes later.
             turn = index % len(names) if names else 0

@@ -22,21 +22,33 @@ Rounds = Sequence[Mapping[str, Mapping[str, float]]]
 US = "shimpy"
 
 
-def median_of(rounds: Rounds, contender: str, metric: str) -> float | None:
-    """Return a contender's median; None: it has no such number."""
-    found = [
+def numbers_of(rounds: Rounds, contender: str, metric: str) -> list[float]:
+    """Return a contender's number of each round that has one."""
+    return [
         one[contender][metric] for one in rounds if contender in one and metric in one[contender]
     ]
-    return statistics.median(found) if found else None
 
 
-def ratio_to(rounds: Rounds, contender: str, metric: str, *, of: str = US) -> float | None:
-    """Return the median of shimpy's number, or `of`'s, by another's, each of one round."""
-    found = [
+def ratios_to(rounds: Rounds, contender: str, metric: str, *, of: str = US) -> list[float]:
+    """Return shimpy's number, or `of`'s, by another's, of each round that has both."""
+    return [
         one[of][metric] / one[contender][metric]
         for one in rounds
         if metric in one.get(of, {}) and one.get(contender, {}).get(metric)
     ]
+
+
+def median_of(rounds: Rounds, contender: str, metric: str) -> float | None:
+    """Return a contender's median; None: it has no such number."""
+    return _median(numbers_of(rounds, contender, metric))
+
+
+def ratio_to(rounds: Rounds, contender: str, metric: str, *, of: str = US) -> float | None:
+    """Return the median of `ratios_to`; None: there are none."""
+    return _median(ratios_to(rounds, contender, metric, of=of))
+
+
+def _median(found: Sequence[float]) -> float | None:
     return statistics.median(found) if found else None
 
 

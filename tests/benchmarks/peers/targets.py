@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.benchmarks.peers.report import US, Rounds, median_of, ratio_to
+from tests.benchmarks.peers.report import US, Rounds, numbers_of, ratio_to, ratios_to
 
 BARE = "bare"
 # Medians of a few rounds of equal programs differ by so much.
 NOISE = 0.03
+# Fewer rounds have no quartiles to speak of.
+_LEAST_TOLD = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,8 @@ class Verdict:
     found: float
     # The bare loop's own, where it is none of the two.
     bare: float | None = None
+    # Half of the rounds lie between these; None: too few to tell.
+    quartiles: tuple[float, float] | None = None
 
     @property
     def is_met(self) -> bool:
@@ -58,7 +63,10 @@ class Verdict:
 
     def __str__(self) -> str:
         """Return a line that says so."""
-        line = f"{'met' if self.is_met else 'MISSED'} {self.found:.3g} {self.work}: {self.target}"
+        found = f"{self.found:.3g}"
+        if self.quartiles is not None:
+            found += " ({:.3g} to {:.3g})".format(*self.quartiles)
+        line = f"{'met' if self.is_met else 'MISSED'} {found} {self.work}: {self.target}"
         if self.is_met or self.bare is None:
             return line
         return f"{line} ({'as good as ' if self.is_at_limit else ''}the bare loop: {self.bare:.3g})"
@@ -93,11 +101,19 @@ def verdicts(work: str, targets: Iterable[Target], rounds: Rounds) -> Iterator[V
     """Yield what the targets came to, but for contenders that were not there."""
     for target in targets:
         if target.by is None:
-            found = median_of(rounds, US, target.metric)
+            found = numbers_of(rounds, US, target.metric)
         else:
-            found = ratio_to(rounds, target.by, target.metric)
-        if found is not None:
-            yield Verdict(work, target, found, _bare(target, rounds))
+            found = ratios_to(rounds, target.by, target.metric)
+        if found:
+            bare, middle = _bare(target, rounds), statistics.median(found)
+            yield Verdict(work, target, middle, bare=bare, quartiles=_quartiles(found))
+
+
+def _quartiles(found: Sequence[float]) -> tuple[float, float] | None:
+    if len(found) < _LEAST_TOLD:
+        return None
+    first, _, third = statistics.quantiles(found, n=4, method="inclusive")
+    return first, third
 
 
 def _bare(target: Target, rounds: Rounds) -> float | None:
