@@ -69,7 +69,7 @@ def test_the_table_shows_the_ladder_and_marks_the_choice(model_file: Path) -> No
     marks = [row[0] for row in rows[1:]]
     assert marks.count("*") == 1
     assert marks[0] == "x"
-    assert "GPU0 lacks 3.4 GiB" in rows[1]
+    assert "GPU0 lacks 3.2 GiB" in rows[1]
     assert "on the CPU alone" in rows[-1]
 
 
