@@ -16,9 +16,9 @@ from itertools import islice
 
 from shimpy.engine.backend import Chunk
 from shimpy.engine.pace import Pace
-from shimpy.engine.parking import Parking, without_strewn
-from shimpy.engine.prefixes import MIN_PARKED_GAIN, Save, SavedPrefix, SavedPrefixes
-from shimpy.engine.sequence import ATTENDED_CELLS, IdleCache, KvOp, Match, Sequence
+from shimpy.engine.parker import Park, Parker
+from shimpy.engine.prefixes import Save, SavedPrefix, SavedPrefixes
+from shimpy.engine.sequence import KvOp, Match, Sequence
 from shimpy.engine.shares import Shares, share_alone, share_out
 from shimpy.engine.slots import Slots
 from shimpy.engine.turns import Turns
@@ -47,19 +47,6 @@ class Restore:
     ops: list[KvOp]
     slot: int
     prefix: SavedPrefix
-
-
-@dataclass(frozen=True, slots=True)
-class Park:
-    """Instead of a batch: copy to RAM what an idle slot holds, after the KV operations.
-
-    These are its tokens then; `covers` are parked prefixes that the copy makes needless.
-    """
-
-    ops: list[KvOp]
-    slot: int
-    tokens: list[int]
-    covers: list[SavedPrefix]
 
 
 class Batcher:
@@ -92,13 +79,15 @@ class Batcher:
         self._n_batch = n_batch
         self._can_shift = can_shift
         self._attends_idle = attends_idle
-        self._parking = Parking() if can_park else None
         self._saved = SavedPrefixes(whole=True) if saved is None else saved
         self._pace = Pace(n_batch)
         self._turns = Turns() if attends_idle else None
         # A batch has room for one token of each sequence.
         n_slots = min(n_slots, n_batch)
         self._slots = Slots(n_slots, n_ctx, can_split=can_split, kv_unified=kv_unified)
+        self._parker = None
+        if can_park:
+            self._parker = Parker(self._slots, self._saved, attends_idle=attends_idle)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._full: list[Sequence] = []
@@ -106,8 +95,8 @@ class Batcher:
         self._is_read = True
         # The head of the queue did not fit; nothing has left since.
         self._is_blocked = False
-        # Streams get a batch between two of each.
-        self._may_restore = self._may_copy = True
+        # Streams get a batch between two.
+        self._may_restore = True
         # Prompts and streams have batches in turn, and of prompts the oldest and the shortest.
         self._is_prompts_turn = self._is_oldests_turn = False
 
@@ -159,8 +148,8 @@ class Batcher:
         if batch.n_prefill and self._turns is not None:
             n_tokens = sum(len(chunk.tokens) for chunk in batch.chunks)
             self._turns.attention.on_batch(n_tokens, elapsed_s, depth=batch.depth)
-        if self._parking is not None:
-            self._parking.on_batch(elapsed_s, batch.n_prefill)
+        if self._parker is not None:
+            self._parker.on_batch(elapsed_s, batch.n_prefill)
 
     def on_token(self, sequence: Sequence, token: int) -> bool:
         """Append a sampled token; return whether the sequence may go on after it."""
@@ -198,9 +187,9 @@ class Batcher:
 
     def on_parked(self, park: Park, elapsed_s: float, *, is_kept: bool) -> None:
         """Note whether a cache was copied, and how long that took."""
-        self._slots.settle(park.slot, is_spare=is_kept)
-        if self._parking is not None and (self._running or self._waiting):
-            self._parking.on_copy(elapsed_s)
+        assert self._parker is not None, "nothing may be copied"
+        is_waited_for = bool(self._running or self._waiting)
+        self._parker.on_copied(park, elapsed_s if is_waited_for else 0.0, is_kept=is_kept)
 
     def finish(self, sequence: Sequence, *, keep_kv: bool = True) -> None:
         """Take a sequence out, wherever it is; its KV stays for later prompts."""
@@ -228,103 +217,18 @@ class Batcher:
                 self._slots.cut(save.slot, len(save.tokens))
         return self._slots.take_ops(), saves
 
-    # --- idle caches ---
+    # --- in quiet moments ---
 
     @property
     def may_copy(self) -> bool:
         """Whether nothing runs, and there may be something to copy to RAM."""
-        return (
-            self._parking is not None
-            and not self._running
-            and not self._waiting
-            and bool(self._unsettled())
-        )
+        is_quiet = not self._running and not self._waiting
+        return is_quiet and self._parker is not None and self._parker.has_some
 
     def next_copy(self) -> Park | None:
-        """Return what to copy to RAM where `may_copy`; None: nothing that has to be, or may be.
-
-        What would have to be cut for it stays whole, for whoever goes on from its end.
-        """
-        assert self._parking is not None, "nothing may be copied"
-        self._parking.on_quiet()
-        return self._choose_copy(self._unsettled(), may_cut=False)
-
-    def _unsettled(self) -> list[IdleCache]:
-        """Return what idles and may have to leave the KV cache for the next that comes.
-
-        Where it costs the others nothing, that is what the next slot to be emptied holds.
-        """
-        if self._attends_idle:
-            return self._slots.unsettled()
-        return self._emptied(Match())
-
-    def _emptied(self, match: Match, *, for_restore: bool = False) -> list[IdleCache]:
-        """Return what the next slot to be emptied holds, if that was not looked at."""
-        emptied = self._slots.next_emptied(match, for_restore=for_restore)
-        return [cache for cache in self._slots.unsettled() if cache.slot == emptied]
-
-    def _copy_emptied(self, match: Match, *, for_restore: bool = False) -> Park | None:
-        """Return the copy to make before the next in the queue gets a slot, of what that holds."""
-        if self._parking is None:
-            return None
-        caches = self._emptied(match, for_restore=for_restore)
-        if not self._is_copy_due():
-            caches = [without_strewn(cache) for cache in caches]
-        return self._choose_copy(caches, may_cut=True)
-
-    def _copy_beside(self) -> Park | None:
-        """Return what to copy to RAM before the next batch."""
-        if self._parking is None or not self._attends_idle or not self._slots.is_unsettled:
-            return None
-        if not (self._running or self._waiting) or not self._is_copy_due(fills_up=True):
-            return None
-        if not self._may_copy and any(one.n_generated for one in self._running):
-            return None
-        self._may_copy = False
-        return self._choose_copy(self._slots.unsettled(but=self._wanted()), may_cut=True)
-
-    def _is_copy_due(self, *, fills_up: bool = False) -> bool:
-        """Whether what runs and waits can bear that a cache is copied now.
-
-        With `fills_up` not where somebody would only wait longer for a first token: where idle
-        caches lie in cells that the prompts attend to in any case.
-        """
-        assert self._parking is not None
-        n_prefill = sum(one.n_pending for one in self._running if not one.n_generated)
-        n_prefill += sum(len(one.tokens) for one in islice(self._waiting, self._slots.n))
-        if not n_prefill:
-            return self._parking.is_due(0, 0)
-        n_busy = self._slots.n_cells_busy()
-        n_idle = self._slots.cells.n_used - n_busy
-        if fills_up and n_idle <= -(n_busy + n_prefill) % ATTENDED_CELLS:
-            return False
-        return self._parking.is_due(n_prefill, n_idle)
-
-    def _choose_copy(self, caches: list[IdleCache], *, may_cut: bool) -> Park | None:
-        for cache in caches:
-            tokens = self._saved.worth_parking(cache)
-            if not tokens:
-                self._slots.settle(cache.slot, is_spare=True)
-            elif may_cut or len(tokens) == len(cache.tokens):
-                self._slots.cut(cache.slot, len(tokens))
-                covers = self._saved.covered(tokens)
-                return Park(self._slots.take_ops(), cache.slot, tokens, covers)
-        return None
-
-    def _drop_idle(self) -> None:
-        """Let idle slots cost what runs nothing, or little."""
-        is_wanted = self._parking is not None and self._attends_idle and self._running
-        if is_wanted and self._slots.is_unsettled:
-            self._slots.drop_spare(but=self._wanted())
-
-    def _wanted(self) -> set[int]:
-        """Return the slots whose caches the next in the queue go on from."""
-        matches = map(self._slots.best_match, islice(self._waiting, self._slots.n))
-        return {
-            match.source.id
-            for match in matches
-            if match.source is not None and match.n_now >= MIN_PARKED_GAIN
-        }
+        """Return what to copy to RAM where `may_copy`; None: nothing that has to be, or may be."""
+        assert self._parker is not None, "nothing may be copied"
+        return self._parker.next_in_quiet()
 
     # --- the next batch ---
 
@@ -339,7 +243,8 @@ class Batcher:
         before = self._copy_beside() or self._admit(now)
         if before is not None:
             return before
-        self._drop_idle()
+        if self._parker is not None and self._running and self._parker.is_costly:
+            self._parker.drop_spare(self._soon())
         while self._running:
             generating, prefilling = self._ready()
             if prefilling and self._turns is not None:
@@ -350,6 +255,15 @@ class Batcher:
                 return self._compose(generating, prefilling, n_prefill, now)
             self._preempt()
         return None
+
+    def _copy_beside(self) -> Park | None:
+        if self._parker is None or not self._parker.is_costly:
+            return None
+        return self._parker.next_beside(self._running, self._soon())
+
+    def _soon(self) -> list[Sequence]:
+        """Return those in the queue that get a slot next, as far as there are slots."""
+        return list(islice(self._waiting, self._slots.n))
 
     def _attach_followers(self) -> None:
         for sequence in self._running:
@@ -391,11 +305,18 @@ class Batcher:
             self._waiting.popleft()
             self._slots.place(sequence, match)
             self._running.append(sequence)
-            if self._attends_idle and (self._parking is None or self._slots.has_refused):
+            if self._attends_idle and (self._parker is None or self._slots.has_refused):
                 self._slots.thin_idle()
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
         return None
+
+    def _copy_emptied(self, match: Match, *, for_restore: bool = False) -> Park | None:
+        """Return the copy to make of what the slot holds that the next in the queue will get."""
+        if self._parker is None:
+            return None
+        emptied = self._slots.next_emptied(match, for_restore=for_restore)
+        return self._parker.next_emptied(emptied, self._running, self._soon())
 
     def _find_saved(self, sequence: Sequence, match: Match) -> SavedPrefix | None:
         """Look among what is saved for more of a prompt than any slot holds, or will hold.
@@ -472,7 +393,9 @@ class Batcher:
         n_prefill: int,
         now: float,
     ) -> Batch:
-        self._may_restore = self._may_copy = True
+        self._may_restore = True
+        if self._parker is not None:
+            self._parker.on_next_batch()
         if not self._slots.kv_unified and generating and n_prefill:
             # One batch would be two passes over the weights all the same, and a worse cut.
             self._is_prompts_turn = not self._is_prompts_turn

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import Final, assert_never
 
 from shimpy.engine.backend import Backend, DecodeStatus, n_ctx_seq
-from shimpy.engine.batcher import Batch, Batcher, Park, Restore
+from shimpy.engine.batcher import Batch, Batcher, Restore
 from shimpy.engine.embeddings import Embeddings
 from shimpy.engine.generation import Generation, Pieces
 from shimpy.engine.intake import Inbox, Inputs, Prompted, Work
 from shimpy.engine.outbox import Outbox
 from shimpy.engine.parked import ParkedPrefixes
+from shimpy.engine.parker import Park
 from shimpy.engine.parking import QUIET_S
 from shimpy.engine.prefix_store import PrefixStore
 from shimpy.engine.sequence import KvCopy, KvExchange, KvOp, KvRemove, KvShift, Sequence

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from shimpy.engine.batcher import Batch, Park, Restore
+from shimpy.engine.batcher import Batch, Restore
+from shimpy.engine.parker import Park
 from shimpy.engine.parking import SHARE, Parking
 from shimpy.engine.prefixes import MIN_PARKED, SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import ATTENDED_CELLS, Sequence
