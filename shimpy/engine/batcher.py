@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from shimpy.engine.backend import Chunk
+from shimpy.engine.halving import Halving, Part
 from shimpy.engine.pace import Pace
 from shimpy.engine.parker import Park, Parker
 from shimpy.engine.prefixes import Save, SavedPrefix, SavedPrefixes
@@ -38,6 +39,9 @@ class Batch:
     n_prefill: int
     # Tokens that their attention goes over beside their own.
     depth: int
+    # Of a step without any: whether it is all of it, and how many streams that has.
+    part: Part = "whole"
+    n_streams: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +69,14 @@ class Batcher:
         saved: SavedPrefixes | None = None,
         attends_idle: bool = False,
         can_park: bool = False,
+        can_halve: bool = False,
     ) -> None:
         """Start with empty slots.
 
         `n_ctx`: the cells of all slots together, which they share if `kv_unified`. `saved`: the
         prefixes that can be restored; the caller adds and discards them. `attends_idle`: what
         idle slots hold slows down those that are busy. `can_park`: it can be copied to RAM, for
-        which the batcher then asks.
+        which the batcher then asks. `can_halve`: two batches may be quicker than one.
         """
         self._n_ctx = n_ctx
         # Of these cells, those that one sequence may take.
@@ -82,6 +87,7 @@ class Batcher:
         self._saved = SavedPrefixes(whole=True) if saved is None else saved
         self._pace = Pace(n_batch)
         self._turns = Turns() if attends_idle else None
+        self._halving = Halving() if can_halve else None
         # A batch has room for one token of each sequence.
         n_slots = min(n_slots, n_batch)
         self._slots = Slots(n_slots, n_ctx, can_split=can_split, kv_unified=kv_unified)
@@ -150,6 +156,8 @@ class Batcher:
             self._turns.attention.on_batch(n_tokens, elapsed_s, depth=batch.depth)
         if self._parker is not None:
             self._parker.on_batch(elapsed_s, batch.n_prefill)
+        if self._halving is not None and batch.n_streams:
+            self._halving.on_batch(batch.n_streams, batch.part, elapsed_s)
 
     def on_token(self, sequence: Sequence, token: int) -> bool:
         """Append a sampled token; return whether the sequence may go on after it."""
@@ -396,7 +404,9 @@ class Batcher:
         self._may_restore = True
         if self._parker is not None:
             self._parker.on_next_batch()
-        if not self._slots.kv_unified and generating and n_prefill:
+        if self._halving is not None and self._halving.is_halfway(generating):
+            n_prefill = 0
+        elif not self._slots.kv_unified and generating and n_prefill:
             # One batch would be two passes over the weights all the same, and a worse cut.
             self._is_prompts_turn = not self._is_prompts_turn
             if self._is_prompts_turn:
@@ -408,13 +418,18 @@ class Batcher:
             self._slots.gather()
             # Only so llama.cpp computes those together that are in neighbouring slots.
             sequences.sort(key=_slot_of)
+        part: Part = "whole"
+        n_streams = 0
+        if self._halving is not None and not n_prefill:
+            sequences, n_streams, part = self._halving.next_part(sequences)
         chunks = [_chunk(sequence, 1) for sequence in sequences]
         if n_prefill:
             prompts = self._share_out(prefilling, n_prefill, now)
             sequences += [sequence for sequence, _ in prompts]
             chunks += [_chunk(sequence, n) for sequence, n in prompts]
             n_prefill = sum(n for _, n in prompts)
-        return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, self._depth(chunks))
+        depth = self._depth(chunks)
+        return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, depth, part, n_streams)
 
     def _share_out(self, prefilling: list[Sequence], n_tokens: int, now: float) -> Shares:
         if not self._slots.kv_unified:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shimpy.engine import prefixes
+from shimpy.engine import halving, prefixes
 from shimpy.protocol.messages import Cancel, Done, Failed, Sampling, Submit, Text
 from tests.engine.harness import Rig, Told
 from tests.engine.reference import Expected, expect
@@ -152,6 +152,18 @@ def test_slots_with_cells_of_their_own_serve_right_too(seed: int) -> None:
     work = Workload(seed)
     rig = Rig(FakeBackend(**work.shape, kv_unified=False))
     work.play(rig)
+    check_all(rig, work)
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+@settings(max_examples=60, deadline=None)
+@given(seeds)
+def test_steps_in_halves_serve_right_too(kv_unified: bool, seed: int) -> None:
+    """Every other few steps, whatever comes or goes between the halves of one."""
+    work = Workload(seed)
+    rig = Rig(FakeBackend(**work.shape, kv_unified=kv_unified))
+    with mock.patch.multiple(halving, LEAST=2, _FIRST_WAIT=1, _LONGEST_WAIT=2):
+        work.play(rig)
     check_all(rig, work)
 
 
