@@ -278,7 +278,9 @@ class Batcher:
             leader = sequence.leader
             if leader is None:
                 continue
-            if leader.slot is None:
+            # It has gone, or has since begun with more of a restored prefix than is to be shared,
+            # which is of use as a whole only.
+            if leader.slot is None or leader.slot.n_whole > sequence.n_shared:
                 self._slots.reuse(sequence, self._slots.best_match(sequence))
             elif leader.n_kv >= sequence.n_shared:
                 n = sequence.n_shared

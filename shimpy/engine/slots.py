@@ -142,7 +142,7 @@ class Slots:
         1. An idle slot holds the prefix and not much else, or is the only one: take it over.
         2. Another slot holds it: share it with the slot that was idle longest.
         3. A running sequence is about to compute it: wait for that in such a slot.
-        4. Nothing to reuse: such a slot, emptied.
+        4. Nothing to reuse: such a slot, emptied but for the start that both have.
         """
         source = match.source
         spare = self._least_recent(but=source)
@@ -152,8 +152,10 @@ class Slots:
             self._count_reused(sequence, match.n_now)
             return
         assert spare is not None, "place() needs an idle slot"
-        self._cut(spare, 0)
+        n_start = 0 if source is not None else self._n_start(spare, sequence)
+        self._cut(spare, n_start)
         self._occupy(spare, sequence)
+        self._count_reused(sequence, n_start)
         self.reuse(sequence, match)
 
     def reuse(self, sequence: Sequence, match: Match) -> None:
@@ -372,6 +374,17 @@ class Slots:
         if source is None or source.sequence is not None:
             return False
         return spare is None or not _is_part(match.n_now, len(source.tokens))
+
+    def _n_start(self, spare: Slot, sequence: Sequence) -> int:
+        """Return how many tokens, few as they are, a sequence may take over with its slot.
+
+        Mostly the start token. A CPU may compute 33 tokens in the time of 48, and 32 in that of 32.
+        In shared cells it would stay where it lies, however far from the others.
+        """
+        if self.kv_unified or not self._can_split or not sequence.reuse:
+            return 0
+        n_same = min(common_prefix(spare.tokens, sequence.tokens[:-1]), spare.n_exact)
+        return n_same if n_same >= spare.n_whole else 0
 
     def _least_recent(self, but: Slot | None) -> Slot | None:
         return min(

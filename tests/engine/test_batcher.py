@@ -395,6 +395,19 @@ def test_only_the_part_in_common_counts() -> None:
     assert (sequence.n_cached, bench.batcher.n_kv_used) == (600, 602)
 
 
+def test_of_a_whole_prefix_a_follower_gets_no_part_either() -> None:
+    """Its leader had nothing of it when it was found, and has all of it as it shares."""
+    bench = keeping(prefix(LONG), whole=True)
+    more = list(range(60_000, 60_200))
+    first = bench.submit_tokens([*LONG, *more, 1])
+    leader = bench.submit_tokens([*LONG, *more, 2])
+    follower = bench.submit_tokens([*LONG[:900], 3, 4])
+    restore(bench)
+    while not follower.n_generated:
+        bench.step()
+    assert (first.n_cached, leader.n_cached, follower.n_cached) == (1000, 1200, 0)
+
+
 def test_a_prompt_that_wants_no_cache_restores_nothing() -> None:
     bench = keeping(prefix(LONG))
     bench.submit_tokens([*LONG, 1], reuse=False)

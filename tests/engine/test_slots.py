@@ -168,6 +168,27 @@ def test_the_slot_that_was_idle_longest_gives_way_empty_ones_first() -> None:
     assert [slot_of(sequence) for sequence in other] == [2, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("shape", "reuse", "n_start"),
+    [
+        ({"kv_unified": False}, True, 1),
+        ({"kv_unified": False}, False, 0),
+        ({"kv_unified": True}, True, 0),
+        ({"kv_unified": False, "can_split": False}, True, 0),
+    ],
+    ids=["own-cells", "refused", "shared-cells", "one-state"],
+)
+def test_the_start_token_stays_with_the_slot(
+    shape: dict[str, bool], reuse: bool, n_start: int
+) -> None:
+    new, slots = Order(), Slots(1, 4096, **{"can_split": True, **shape})
+    leave_idle(slots, new([1, *A]))
+    sequence = start(slots, new([1, *B], reuse=reuse))
+    assert (sequence.n_kv, sequence.n_cached) == (n_start, n_start)
+    assert slots.take_ops() == [KvRemove(0, n_start)]
+    assert slots.cells.n_used == n_start
+
+
 def test_a_recurrent_state_is_used_whole_or_not_at_all() -> None:
     new, slots = Order(), Slots(2, 4096, can_split=False)
     leave_idle(slots, new(A[:100]))
