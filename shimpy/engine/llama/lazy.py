@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,14 @@ _size_of = bind("ggml_backend_buffer_get_size", ctypes.c_size_t, ctypes.c_void_p
 
 
 class LazyClear:
-    """Clears large new buffers of host memory where there is something to clear; a context."""
+    """Has large new buffers of host memory cleared where there is something to clear; a context.
+
+    Buffers keep this `clear` as long as they live, since nobody tells when one goes: llama.cpp
+    makes and frees some as it makes a context. It leaves nothing uncleared later either.
+    """
+
+    # C may call them until the process ends.
+    _kept: ClassVar[list[LazyClear]] = []
 
     def __init__(self, least_bytes: int = _LEAST_BYTES) -> None:
         """Buffers of `least_bytes` and more are cleared so."""
@@ -63,24 +70,20 @@ class LazyClear:
         self.untouched_bytes = 0
         self._least_bytes = least_bytes
         self._type = _words_at(_host_type())
-        # What ggml had there; the buffers' pointers with their places.
+        # What ggml had there.
         self._alloc_at: int = self._type[_ALLOC_BUFFER]
         self._alloc = _Alloc(self._alloc_at)
-        self._changed: list[tuple[Any, int, int]] = []
-        # As long as C may call them, they have to live.
         self._callbacks = _Alloc(self._on_alloc), _Clear(self._on_clear)
 
     def __enter__(self) -> Self:
-        """Have it so from now on."""
+        """Have it so for the buffers that are made from now on."""
+        self._kept.append(self)
         self._type[_ALLOC_BUFFER] = _address_of(self._callbacks[0])
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Have it as before, also for the buffers that were made: a later clear means it."""
+        """Have those that come later made as before."""
         self._type[_ALLOC_BUFFER] = self._alloc_at
-        for words, index, pointer in self._changed:
-            words[index] = pointer
-        self._changed.clear()
 
     def _on_alloc(self, buffer_type: int, n_bytes: int) -> int | None:
         buffer: int | None = self._alloc(buffer_type, n_bytes)
@@ -89,9 +92,7 @@ class LazyClear:
         words, base = _words_at(buffer), _base_of(buffer)
         for index in range(_CLEAR_TO_CONTEXT, _N_WORDS - 1):
             if words[index] == base and words[index + 1] == _size_of(buffer):
-                at = index - _CLEAR_TO_CONTEXT
-                self._changed.append((words, at, words[at]))
-                words[at] = _address_of(self._callbacks[1])
+                words[index - _CLEAR_TO_CONTEXT] = _address_of(self._callbacks[1])
                 break
         return buffer
 

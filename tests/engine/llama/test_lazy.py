@@ -12,8 +12,9 @@ import pytest
 from shimpy.engine.llama import lazy
 from shimpy.engine.llama.lazy import LazyClear
 from shimpy.engine.untouched import Untouched
+from shimpy.errors import LoadError
 from shimpy.units import MIB
-from tests.engine.llama.running import loaded, logits, prefill
+from tests.engine.llama.running import load, loaded, logits, prefill
 
 PAGE = mmap.PAGESIZE
 # 64 MiB of the synthetic llama's cache.
@@ -65,8 +66,8 @@ def test_what_lies_in_a_buffer_is_cleared(n_bytes: int, value: int) -> None:
 
 
 def test_only_what_nothing_touched_is_left_out() -> None:
-    """Every other page of fresh memory is written to first."""
-    n_pages = 8192
+    """Every other page of fresh memory is written to first: 64 MiB, which malloc maps anew."""
+    n_pages = 64 * MIB // PAGE
     with LazyClear(least_bytes=1) as clearing:
         buffer = lazy._allocate(lazy._host_type(), n_pages * PAGE)
         base = lazy._base_of(buffer)
@@ -79,17 +80,35 @@ def test_only_what_nothing_touched_is_left_out() -> None:
     lazy._free(buffer)
 
 
-def test_a_later_clear_means_it() -> None:
+def test_a_later_clear_leaves_nothing_either() -> None:
+    with LazyClear(least_bytes=1):
+        buffer = lazy._allocate(lazy._host_type(), 100 * PAGE)
+    for value in (0xAA, 0xBB):
+        fill(buffer, value)
+        lazy._clear(buffer, 0)
+        assert content(buffer) == {0}
+    lazy._free(buffer)
+
+
+def test_buffers_that_come_later_are_made_as_before() -> None:
     with LazyClear(least_bytes=1) as clearing:
-        buffer = lazy._allocate(lazy._host_type(), PAGE)
-    fill(buffer, 0xAA)
+        # Some are gone again before it ends.
+        lazy._free(lazy._allocate(lazy._host_type(), PAGE))
+    buffer = lazy._allocate(lazy._host_type(), PAGE)
     lazy._clear(buffer, 0)
-    assert content(buffer) == {0}
-    other = lazy._allocate(lazy._host_type(), PAGE)
-    lazy._clear(other, 0)
     assert clearing.n_cleared == 0
     lazy._free(buffer)
-    lazy._free(other)
+
+
+def test_a_context_that_there_is_no_memory_for_leaves_all_in_order(llama_model: Path) -> None:
+    """Its buffers are freed as it fails."""
+    for _ in range(3):
+        with pytest.raises(LoadError):
+            # The scores of half a TiB.
+            load(llama_model, n_ctx=2**24, n_ubatch=2048, flash_attn="off")
+        with loaded(llama_model, **LONG) as backend:
+            assert backend.untouched_bytes > 0
+            prefill(backend, IDS)
 
 
 def test_small_buffers_are_let_alone() -> None:
