@@ -100,12 +100,26 @@ def test_buffers_that_come_later_are_made_as_before() -> None:
     lazy._free(buffer)
 
 
-def test_a_context_that_there_is_no_memory_for_leaves_all_in_order(llama_model: Path) -> None:
-    """Its buffers are freed as it fails."""
+def test_a_context_that_there_is_no_memory_for_leaves_all_in_order(
+    llama_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cache was made and cleared, and is freed as the rest fails."""
+    allocate = LazyClear._on_alloc
+    sizes: list[int] = []
+
+    def once(self: LazyClear, buffer_type: int, n_bytes: int) -> int | None:
+        is_cache = n_bytes == 64 * MIB
+        if is_cache:
+            sizes.append(n_bytes)
+        return allocate(self, buffer_type, n_bytes) if is_cache or not sizes else None
+
     for _ in range(3):
-        with pytest.raises(LoadError):
-            # The scores of half a TiB.
-            load(llama_model, n_ctx=2**24, n_ubatch=2048, flash_attn="off")
+        sizes.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(LazyClear, "_on_alloc", once)
+            with pytest.raises(LoadError):
+                load(llama_model, **LONG)
+        assert len(sizes) == 1
         with loaded(llama_model, **LONG) as backend:
             assert backend.untouched_bytes > 0
             prefill(backend, IDS)
