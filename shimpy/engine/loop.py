@@ -132,7 +132,7 @@ class Engine:
             case None if self._embeddings:
                 for answer in self._embeddings.step():
                     self._send(answer)
-        self._flush()
+        self._flush(is_halfway=isinstance(todo, Batch) and todo.part == "first")
 
     # --- in ---
 
@@ -373,9 +373,9 @@ class Engine:
         self._batcher.finish(generation.sequence, keep_kv=keep_kv)
         generation.sampler.close()
 
-    def _flush(self) -> None:
+    def _flush(self, *, is_halfway: bool = False) -> None:
         now = self._clock()
-        self._outbox.flush(now)
+        self._outbox.flush(now, is_halfway=is_halfway)
         if (
             now - self._stats_sent_s >= STATS_INTERVAL_S
             and (stats := self._measure()) != self._stats

@@ -3,7 +3,8 @@
 A frame costs 60 to 150 us, as the daemon wakes up for it, and a small model takes a millisecond
 for a step. So what is only more text waits for the next steps, up to 4 ms after the last text
 was sent: 250 frames a second are more than anyone can read or draw. A first token, an end and an
-error go at once, and nothing waits for a step that may be long.
+error go at once, and nothing waits for a step that may be long; but where a step is two batches,
+the text of the first goes with that of the second.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class Outbox:
         """Take a text, which may wait a moment."""
         self._news.append(delta)
 
-    def flush(self, now: float) -> None:
-        """Send what is due at the end of a step."""
+    def flush(self, now: float, *, is_halfway: bool = False) -> None:
+        """Send what is due at the end of a step; `is_halfway`: of its first half."""
         if self._has_pressing:
             # A first text may follow its Prefilled a step later: it does not wait.
             self.send()
-        elif self._news and now - self._sent_s >= INTERVAL_S:
+        elif self._news and not is_halfway and now - self._sent_s >= INTERVAL_S:
             self.send()
             self._sent_s = now
 

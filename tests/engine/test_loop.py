@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from shimpy.engine import loop
 from shimpy.engine.backend import Chunk
+from shimpy.engine.halving import Halving
 from shimpy.engine.outbox import INTERVAL_S
 from shimpy.errors import ProtocolError
 from shimpy.protocol.messages import (
@@ -80,6 +82,23 @@ def test_one_frame_a_step_holds_the_news_of_all() -> None:
         rig.step()
     assert rig.n_frames == n_frames + 5
     assert [rig.told[request].n_tokens for request in range(4)] == [7] * 4
+
+
+def test_two_halves_of_a_step_share_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon need not wake up for each."""
+    monkeypatch.setattr(Halving, "_is_halved", lambda _, n_streams: n_streams > 1)
+    rig = scripted(*[THE] * 99)
+    for request in range(4):
+        rig.submit(request, "hi", n_predict=99)
+    rig.step(3)
+    n_told, n_frames = [], rig.n_frames
+    for _ in range(5):
+        for _ in range(2):
+            rig.now += INTERVAL_S
+            rig.step()
+        n_told.append([rig.told[request].n_tokens for request in range(4)])
+    assert rig.n_frames == n_frames + 5
+    assert all(after[i] == before[i] + 1 for before, after in pairwise(n_told) for i in range(4))
 
 
 def test_text_of_quick_steps_shares_a_frame_but_a_first_token_and_an_end_do_not_wait() -> None:
