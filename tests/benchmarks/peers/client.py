@@ -18,7 +18,7 @@ _PATIENCE_S = 280.0
 _PATIENCE = aiohttp.ClientTimeout(total=_PATIENCE_S)
 _READ_BYTES = 65536
 _EVENT = b"data: "
-_ACCEPTED_S = 0.02
+ACCEPTED_S = 0.02
 # Tokens of each answer that tell how fast decoding is.
 _LEAST_DECODED = 8
 
@@ -87,7 +87,7 @@ async def stream(
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
         # The kernel has made the connection; the server takes it a moment later.
-        await asyncio.sleep(_ACCEPTED_S)
+        await asyncio.sleep(ACCEPTED_S)
         async with asyncio.timeout(_PATIENCE_S):
             found = Stream(time.perf_counter())
             writer.write(head.encode() + data)

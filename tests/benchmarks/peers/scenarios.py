@@ -276,6 +276,8 @@ async def warm_up(contender: Contender, *, embeds: bool) -> None:
 
 async def _answer_all(contender: Contender, prompts: Sequence[str], n_predict: int) -> Metrics:
     if isinstance(contender, BareLoop):
+        # As long as the servers' cores and caches have rested too.
+        await asyncio.sleep(client.ACCEPTED_S)
         job = {"do": "generate", "prompts": list(prompts), "n_predict": n_predict}
         took = await asyncio.to_thread(contender.ask, **job)
         answers = [
