@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import signal
 import sys
 import tempfile
 import time
@@ -34,6 +35,8 @@ _MOST_ROUNDS = 25
 def main() -> int:
     """Parse the command line, measure, print the table; return the exit status."""
     arguments = _parse()
+    # What was started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     place = Place(arguments.folder, arguments.peers_python, arguments.threads)
     absent = [name for name in ALL if not is_installed(name, place.peers_python)]
     for name in absent:
