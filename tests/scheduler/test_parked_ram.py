@@ -8,6 +8,7 @@ import pytest
 
 from shimpy.errors import DoesNotFitError
 from shimpy.placement.hardware import Hardware
+from shimpy.protocol.messages import Stats
 from shimpy.scheduler.books import Limits
 from shimpy.scheduler.policy import PARKED_SHARE, parked_share
 from shimpy.scheduler.states import Phase
@@ -131,3 +132,16 @@ def test_models_share_and_those_that_park_nothing_have_no_part() -> None:
 @pytest.mark.parametrize(("n_left", "n_parking"), [(-1, 1), (0, 0), (3, 1)])
 def test_a_share_of_nothing_is_nothing(n_left: int, n_parking: int) -> None:
     assert parked_share(n_left, n_parking) == 0
+
+
+def test_what_a_worker_has_not_touched_yet_is_kept_for_it() -> None:
+    """As it told with its load, and with its last Stats."""
+    sim = make_sim()
+    worker = sim.load(A)
+    left = sim.core.present(MACHINE).host.available_bytes
+    told = []
+    for untouched_mib in (150, 40, 0):
+        stats = Stats(0, 0, 0, untouched_bytes=untouched_mib * MIB)
+        sim.do(sim.core.on_stats(worker, stats, sim.now))
+        told.append((left - sim.core.present(MACHINE).host.available_bytes) // MIB)
+    assert told == [150, 40, 0]
