@@ -14,7 +14,6 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from shimpy.engine.backend import Chunk, DecodeStatus, FimRole
@@ -158,7 +157,7 @@ class FakeBackend:
     # --- the model ---
 
     def decode(self, chunks: Sequence[Chunk]) -> int:
-        n_tokens = sum(len(chunk.tokens) for chunk in chunks)
+        n_tokens = sum(len(chunk.tokens) + chunk.n_padding for chunk in chunks)
         slots = [chunk.slot for chunk in chunks]
         _demand(0 < n_tokens <= self.n_batch, f"a batch of {n_tokens} tokens")
         _demand(len(set(slots)) == len(slots), f"a slot is in two sequences: {slots}")
@@ -177,17 +176,30 @@ class FakeBackend:
             _demand(self._n_cells < self.n_all, "the KV cache is over its budget")
             return DecodeStatus.KV_FULL
         self._rows = []
-        self.n_passes += self._n_runs(slots)
+        self.n_passes += self._n_runs(chunks)
         for chunk in chunks:
             self._add(chunk.slot, chunk.start, chunk.tokens)
             if chunk.wants_logits:
                 self._rows.append(self._state(chunk.slot))
         return DecodeStatus.OK
 
-    def _n_runs(self, slots: list[int]) -> int:
+    def _n_runs(self, chunks: Sequence[Chunk]) -> int:
         if self.kv_unified:
             return 1
-        return 1 + sum(after != slot + 1 for slot, after in pairwise(slots))
+        n_passes = 0
+        lengths = [len(chunk.tokens) + chunk.n_padding for chunk in chunks]
+        while any(lengths):
+            # As many tokens of each slot of a run, as llama.cpp's split_equal has it.
+            start = next(index for index, n in enumerate(lengths) if n)
+            end = start + 1
+            while (
+                end < len(chunks) and lengths[end] and chunks[end].slot == chunks[end - 1].slot + 1
+            ):
+                end += 1
+            n = min(lengths[start:end])
+            lengths[start:end] = [length - n for length in lengths[start:end]]
+            n_passes += 1
+        return n_passes
 
     def _check(self, chunk: Chunk) -> None:
         _demand(0 <= chunk.slot < self.n_slots, f"slot {chunk.slot}")
@@ -196,7 +208,9 @@ class FakeBackend:
         kv = self._kv[chunk.slot]
         _demand(chunk.start == len(kv), f"position {chunk.start} after {len(kv)} tokens")
         _demand(chunk.start >= self._n_whole[chunk.slot], "a window was not restored")
-        _demand(chunk.start + len(chunk.tokens) <= self.n_ctx, "a sequence over the context")
+        n_tokens = len(chunk.tokens) + chunk.n_padding
+        _demand(chunk.start + n_tokens <= self.n_ctx, "a sequence over the context")
+        _demand(not chunk.n_padding or self.can_split, "padding that can't be dropped")
 
     def _add(self, slot: int, start: int, tokens: Sequence[int]) -> None:
         for position, token in enumerate(tokens, start):

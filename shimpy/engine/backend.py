@@ -18,12 +18,17 @@ FimRole = Literal["prefix", "suffix", "middle", "repo", "separator"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one slot in a batch; the last gives logits where `wants_logits`."""
+    """Consecutive tokens of one slot in a batch; the last gives logits where `wants_logits`.
+
+    `n_padding` tokens more are computed behind them, and leave the KV cache at once: chunks of one
+    length are one pass over the weights.
+    """
 
     slot: int
     start: int
     tokens: Sequence[int]
     wants_logits: bool
+    n_padding: int = 0
 
 
 class DecodeStatus:

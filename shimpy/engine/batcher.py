@@ -20,7 +20,7 @@ from shimpy.engine.pace import Pace
 from shimpy.engine.parker import Park, Parker
 from shimpy.engine.prefixes import Save, SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import KvOp, Match, Sequence
-from shimpy.engine.shares import Shares, share_alone, share_out
+from shimpy.engine.shares import Shares, share_alone, share_out, slot_of
 from shimpy.engine.slots import Slots
 from shimpy.engine.turns import Turns
 
@@ -35,7 +35,7 @@ class Batch:
     ops: list[KvOp]
     chunks: list[Chunk]
     sequences: list[Sequence]
-    # Tokens of those that do not generate yet.
+    # Tokens of those that do not generate yet, with their padding.
     n_prefill: int
     # Tokens that their attention goes over beside their own.
     depth: int
@@ -82,6 +82,7 @@ class Batcher:
         # Of these cells, those that one sequence may take.
         self._n_ctx_seq = n_ctx_seq
         self._n_batch = n_batch
+        self._can_split = can_split
         self._can_shift = can_shift
         self._attends_idle = attends_idle
         self._saved = SavedPrefixes(whole=True) if saved is None else saved
@@ -379,6 +380,9 @@ class Batcher:
         n_prefill = self._n_batch - n_decode
         if n_decode:
             n_prefill = min(n_prefill, self._pace.chunk_for(len(prefilling)))
+        if not self._slots.kv_unified:
+            # Each has its room, which shorter ones may be padded into.
+            return n_prefill if prefilling else 0
         n_prefill = min(n_prefill, sum(s.n_pending for s in prefilling))
         cells = self._slots.cells
         while (n_missing := n_decode + n_prefill - cells.n_free) > 0:
@@ -419,7 +423,7 @@ class Batcher:
         if not self._slots.kv_unified:
             self._slots.gather()
             # Only so llama.cpp computes those together that are in neighbouring slots.
-            sequences.sort(key=_slot_of)
+            sequences.sort(key=slot_of)
         part: Part = "whole"
         n_streams = 0
         if self._halving is not None and not n_prefill:
@@ -436,8 +440,13 @@ class Batcher:
     def _share_out(self, prefilling: list[Sequence], n_tokens: int, now: float) -> Shares:
         if not self._slots.kv_unified:
             self._is_oldests_turn = not self._is_oldests_turn
-            shares = share_alone(prefilling, n_tokens, is_oldests_turn=self._is_oldests_turn)
-            return sorted(shares, key=lambda share: _slot_of(share[0]))
+            return share_alone(
+                prefilling,
+                n_tokens,
+                is_oldests_turn=self._is_oldests_turn,
+                n_cells=self._n_ctx_seq,
+                can_pad=self._can_split,
+            )
         shares = share_out(prefilling, n_tokens)
         if self._turns is not None:
             for sequence, _ in shares:
@@ -452,13 +461,9 @@ class Batcher:
 
 
 def _chunk(sequence: Sequence, n: int) -> Chunk:
-    """Return the sequence's next `n` tokens; the last known one gives logits."""
+    """Return the sequence's next `n` tokens, padded to `n`; the last known one gives logits."""
     assert sequence.slot is not None
     start = sequence.n_kv
     tokens = sequence.tokens[start : start + n]
-    return Chunk(sequence.slot.id, start, tokens, start + n == len(sequence.tokens))
-
-
-def _slot_of(sequence: Sequence) -> int:
-    assert sequence.slot is not None
-    return sequence.slot.id
+    is_last = start + n >= len(sequence.tokens)
+    return Chunk(sequence.slot.id, start, tokens, is_last, n - len(tokens))

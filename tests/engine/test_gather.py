@@ -63,6 +63,17 @@ def test_streams_that_are_left_share_each_pass() -> None:
     assert texts == {"A" * 40}
 
 
+def test_short_prompts_of_about_a_length_are_one_pass() -> None:
+    backend = FakeBackend(n_ctx=256, n_slots=4, n_batch=256, kv_unified=False, script=[65] * 9)
+    rig = Rig(backend)
+    for request, n in enumerate([33, 30, 31, 34]):
+        rig.submit(request, f"{request}" * n, n_predict=2)
+    rig.finish()
+    assert backend.n_passes == len(backend.batches) == 2
+    assert backend.n_used == sum([34, 31, 32, 35]) + 4
+    assert {told.text for told in rig.told.values()} == {"AA"}
+
+
 def test_a_chat_that_goes_on_far_away_comes_beside_the_others() -> None:
     """Its cache is moved, not computed again; what idled in its place is not lost either."""
     backend = FakeBackend(n_ctx=256, n_slots=4, kv_unified=False, script=[65] * 200)

@@ -60,20 +60,18 @@ class Batch:
         for chunk in chunks:
             tokens, slot = chunk.tokens, chunk.slot
             n = len(tokens)
-            end = at + n
+            end = at + n + chunk.n_padding
             if not n or end > n_max or not 0 <= slot < n_slots:
                 raise self._refusal(chunks, n_slots)
-            if n == 1:
+            if end - at == 1:
                 token[at] = tokens[0]
                 pos[at] = chunk.start
                 seq[at] = slot
-                wanted[at] = 0
+                wanted[at] = chunk.wants_logits
             else:
                 self._fill_run(at, end, chunk)
+            n_outputs += chunk.wants_logits
             at = end
-            if chunk.wants_logits:
-                wanted[at - 1] = 1
-                n_outputs += 1
         if not at:
             raise self._refusal(chunks, n_slots)
         if n_outputs > n_outputs_max:
@@ -85,10 +83,14 @@ class Batch:
         return n_outputs
 
     def _fill_run(self, at: int, end: int, chunk: Chunk) -> None:
-        self._token[at:end] = chunk.tokens
+        told = at + len(chunk.tokens)
+        self._token[at:told] = chunk.tokens
+        # Like the token before it, so that a mixture's experts are those of that one.
+        self._token[told:end] = chunk.tokens[-1]
         self._pos[at:end] = self._steps[: end - at] + chunk.start
         self._seq[at:end] = chunk.slot
         self._wanted[at:end] = 0
+        self._wanted[told - 1] = chunk.wants_logits
 
     def fill_whole(self, inputs: Sequence[Sequence[int]]) -> None:
         """Take whole texts, each a sequence of its own, all of whose tokens give output."""
@@ -103,7 +105,7 @@ class Batch:
         self.struct.n_tokens = at
 
     def _refusal(self, chunks: Sequence[Chunk], n_slots: int) -> WorkerError:
-        sizes = [len(chunk.tokens) for chunk in chunks]
+        sizes = [len(chunk.tokens) + chunk.n_padding for chunk in chunks]
         slots = [chunk.slot for chunk in chunks]
         return WorkerError(
             f"a batch of {sum(sizes)} tokens in chunks of {sizes} for slots {slots}; it takes 1 to "

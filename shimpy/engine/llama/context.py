@@ -96,9 +96,19 @@ class Context:
         status: int = LL.llama_decode(self.handle, batch.struct)
         if status == DecodeStatus.OK:
             self._take_logits(n_outputs)
+            if batch.struct.n_tokens > len(chunks):
+                self._drop_padding(chunks)
         elif status < 0:
             raise refused(f"a batch of {batch.struct.n_tokens} tokens ({status})", LOG.errors(3))
         return status
+
+    def _drop_padding(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            if chunk.n_padding and not self.remove(chunk.slot, chunk.start + len(chunk.tokens), -1):
+                raise WorkerError(
+                    f"llama.cpp does not give back {chunk.n_padding} cells of padding in slot "
+                    f"{chunk.slot}; report a bug with the model's name"
+                )
 
     def row(self, index: int) -> Row:
         """Return the logits of an output of the last decode, `(n_vocab,)`; a view, writable.

@@ -89,6 +89,23 @@ def test_rows_are_in_the_order_of_the_chunks_that_want_them(llama: LlamaBackend)
         np.testing.assert_allclose(logits(llama, row), alone, atol=1e-4)
 
 
+def test_padding_changes_no_logits_and_leaves_nothing_behind(llama: LlamaBackend) -> None:
+    ids = [prompt_ids(llama, text) for text in PROMPTS[:3]]
+    longest = max(map(len, ids)) + 3
+    batch = [Chunk(slot, 0, one, True, longest - len(one)) for slot, one in enumerate(ids)]
+    assert llama.decode(batch) == DecodeStatus.OK
+    padded = [logits(llama, row).copy() for row in range(3)]
+    later = [Chunk(slot, len(one), [65], True) for slot, one in enumerate(ids)]
+    assert llama.decode(later) == DecodeStatus.OK
+    after = [logits(llama, row).copy() for row in range(3)]
+    for slot, one in enumerate(ids):
+        prefill(llama, one, slot=3)
+        np.testing.assert_allclose(padded[slot], logits(llama), atol=ATOL)
+        prefill(llama, [65], slot=3, start=len(one))
+        np.testing.assert_allclose(after[slot], logits(llama), atol=ATOL)
+        llama.kv_remove(3, 0, -1)
+
+
 def test_a_prompt_in_parts_gives_the_same_logits(llama: LlamaBackend) -> None:
     ids = prompt_ids(llama, PROMPTS[3])
     prefill(llama, ids, slot=0)
@@ -221,6 +238,7 @@ def test_a_full_cache_changes_nothing(llama: LlamaBackend) -> None:
         ([], "0 tokens"),
         ([Chunk(0, 0, [], True)], "0 tokens"),
         ([Chunk(0, 0, [65] * 513, False)], "513 tokens"),
+        ([Chunk(0, 0, [65] * 510, False, 3)], "513 tokens"),
         ([Chunk(4, 0, [65], True)], r"slots \[4\]"),
         ([Chunk(-1, 0, [65], True)], r"slots \[-1\]"),
         ([Chunk(0, i, [65], True) for i in range(5)], "5 tokens.*room for 4"),
@@ -228,7 +246,18 @@ def test_a_full_cache_changes_nothing(llama: LlamaBackend) -> None:
         ([Chunk(0, 0, [-1], True)], "refused"),
         ([Chunk(0, 7, [65], True), Chunk(0, 3, [65], True)], "positions are not continuous"),
     ],
-    ids=["nothing", "no tokens", "too long", "slot", "no slot", "rows", "token", "no token", "gap"],
+    ids=[
+        "nothing",
+        "no tokens",
+        "too long",
+        "padded too long",
+        "slot",
+        "no slot",
+        "rows",
+        "token",
+        "no token",
+        "gap",
+    ],
 )
 def test_a_batch_that_llama_cpp_would_abort_on_is_refused(
     llama_model: Path, chunks: list[Chunk], said: str
