@@ -24,8 +24,9 @@ _N_COMPARED: Final = 3
 # Between two trials: twice as many after each that changed nothing.
 _FIRST_WAIT: Final = 32
 _LONGEST_WAIT: Final = 2048
-# The other has to be so much quicker.
-_WORTH: Final = 0.97
+# Halves have to be so much quicker, as a second batch costs more than its time; and where they are
+# as long as the whole, noise would choose them half of the time (AVX512, mixture of experts).
+_WORTH: Final = 0.92
 
 Part = Literal["whole", "first", "second"]
 
@@ -55,7 +56,8 @@ class _Choice:
 
     def _conclude(self) -> None:
         tried, self._tried = self._tried, []
-        if statistics.median(tried) < _WORTH * statistics.median(self._latest):
+        ratio = statistics.median(tried) / statistics.median(self._latest)
+        if ratio < (1.0 if self.is_halved else _WORTH):
             self.is_halved = not self.is_halved
             self._latest = deque(tried, maxlen=_N_COMPARED)
             self._wait = _FIRST_WAIT

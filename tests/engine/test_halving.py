@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 
@@ -85,6 +86,19 @@ def test_each_stream_gets_as_many_tokens_whatever_comes_and_goes(*, kv_unified: 
     assert max(n_generated) - min(n_generated) <= 1
     bench.run_steps(20)
     assert all(one.n_generated == 9 for one in late)
+
+
+def test_where_it_makes_little_difference_steps_stay_whole() -> None:
+    """Noise is not to choose."""
+    drawn = random.Random(1)
+
+    def even(n: int) -> float:
+        return 0.010 * n * (1 + 0.12 * drawn.random())
+
+    bench = Machine(even, 8)
+    bench.run_steps(N_STEPS)
+    n_halved = sum(size < 8 for size in bench.sizes) / 2
+    assert n_halved == 9
 
 
 def test_a_machine_that_changes_is_found_out() -> None:

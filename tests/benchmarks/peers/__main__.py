@@ -25,7 +25,7 @@ from tests.benchmarks.peers.contenders import BareLoop, Contender, is_installed,
 from tests.benchmarks.peers.models import setup_of
 from tests.benchmarks.peers.scenarios import ALL, Scenario, all_scenarios, warm_up
 from tests.benchmarks.peers.systems import SYSTEMS, Place, System
-from tests.benchmarks.peers.targets import summary, verdicts
+from tests.benchmarks.peers.targets import Verdict, summary, verdicts
 
 Result = dict[str, Any]
 
@@ -49,23 +49,37 @@ def main() -> int:
         return 0
     bounds = _Bounds(arguments.rounds, fill_s=arguments.fill, budget_s=arguments.budget)
     measure = _Measure(place, present, bounds)
-    for _, group in itertools.groupby(chosen, key=lambda one: getattr(one, "model", None)):
-        measure.group(list(group))
-    machine = report.machine_of(place.peers_python)
-    machine["threads"] = str(place.n_threads)
-    print("; ".join(f"{key}: {value}" for key, value in machine.items()) + "\n")
-    print(report.table(measure.results) + "\n")
-    found = [
-        verdict
-        for one in chosen
-        for verdict in verdicts(one.name, one.targets, measure.results[one.name]["rounds"])
-    ]
-    print(summary(found))
-    if arguments.json:
-        report.save(arguments.json, machine, measure.results)
+    try:
+        for _, group in itertools.groupby(chosen, key=lambda one: getattr(one, "model", None)):
+            measure.group(list(group))
+    finally:
+        # Of what there was time for, where it was ended early.
+        found = _report(place, measure.results, chosen)
+        if arguments.json:
+            report.save(arguments.json, _machine(place), measure.results)
     if arguments.plots:
         report.plot(arguments.plots, measure.results)
     return 0 if all(verdict.is_met for verdict in found) else 1
+
+
+def _report(
+    place: Place, results: dict[str, Result], chosen: Sequence[Scenario | System]
+) -> list[Verdict]:
+    """Print the table and the verdicts of what was measured; return these."""
+    print("; ".join(f"{key}: {value}" for key, value in _machine(place).items()) + "\n")
+    print(report.table(results) + "\n")
+    found = [
+        verdict
+        for one in chosen
+        if one.name in results
+        for verdict in verdicts(one.name, one.targets, results[one.name]["rounds"])
+    ]
+    print(summary(found), flush=True)
+    return found
+
+
+def _machine(place: Place) -> dict[str, str]:
+    return {**report.machine_of(place.peers_python), "threads": str(place.n_threads)}
 
 
 def _parse() -> argparse.Namespace:
@@ -175,6 +189,7 @@ class _Measure:
 
     def _rounds_of(self, one: Scenario | System, names: Sequence[str], measure: Any) -> None:
         rounds: list[dict[str, dict[str, float]]] = []
+        result = {"headline": list(one.headline), "rounds": rounds}
         started_s = time.monotonic()
         while self._bounds.has_another(index := len(rounds), time.monotonic() - started_s):
             found = {}
@@ -184,7 +199,7 @@ class _Measure:
                 found[name] = measure(name, index)
                 _say(f"{one.name} [{index}] {name}: {_short(found[name])}")
             rounds.append(found)
-        self.results[one.name] = {"headline": list(one.headline), "rounds": rounds}
+            self.results[one.name] = result
 
 
 def _short(metrics: dict[str, float]) -> str:

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-_PATIENCE_S = 280.0
+# Eight long prompts take a peer that computes each beside all others five minutes.
+_PATIENCE_S = 900.0
 _PATIENCE = aiohttp.ClientTimeout(total=_PATIENCE_S)
 _READ_BYTES = 65536
 _EVENT = b"data: "
