@@ -56,8 +56,8 @@ class _Choice:
 
     def _conclude(self) -> None:
         tried, self._tried = self._tried, []
-        ratio = statistics.median(tried) / statistics.median(self._latest)
-        if ratio < (1.0 if self.is_halved else _WORTH):
+        worth = 1.0 if self.is_halved else _WORTH
+        if statistics.median(tried) < worth * statistics.median(self._latest):
             self.is_halved = not self.is_halved
             self._latest = deque(tried, maxlen=_N_COMPARED)
             self._wait = _FIRST_WAIT
