@@ -19,7 +19,7 @@ Shares = list[tuple[Sequence, int]]
 
 # Prompts of no more tokens are worth a pass together.
 SHORT: Final = 64
-# A pass over the weights takes as long as so many tokens more in another one: 7 on AVX2, 9 on
+# A pass over the weights takes as long as so many tokens more in another one: 5 to 8 on AVX2, 9 on
 # AVX512 (dense 200M, one thread).
 PASS: Final = 8
 
