@@ -176,14 +176,14 @@ class FakeBackend:
             _demand(self._n_cells < self.n_all, "the KV cache is over its budget")
             return DecodeStatus.KV_FULL
         self._rows = []
-        self.n_passes += self._n_runs(chunks)
+        self.n_passes += self._passes_over(chunks)
         for chunk in chunks:
             self._add(chunk.slot, chunk.start, chunk.tokens)
             if chunk.wants_logits:
                 self._rows.append(self._state(chunk.slot))
         return DecodeStatus.OK
 
-    def _n_runs(self, chunks: Sequence[Chunk]) -> int:
+    def _passes_over(self, chunks: Sequence[Chunk]) -> int:
         if self.kv_unified:
             return 1
         n_passes = 0

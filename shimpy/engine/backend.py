@@ -101,7 +101,7 @@ class Backend(Protocol):
         """Return the model's fill-in-the-middle token for a role; -1: it has none."""
 
     def decode(self, chunks: Sequence[Chunk]) -> int:
-        """Run the model over a batch of at most `n_batch` tokens; return a DecodeStatus.
+        """Run the model over at most `n_batch` tokens, padding included; return a DecodeStatus.
 
         The logits of the chunks that want them are rows 0, 1, ... in the chunks' order.
 

@@ -19,8 +19,8 @@ from shimpy.engine.halving import Halving, Part
 from shimpy.engine.pace import Pace
 from shimpy.engine.parker import Park, Parker
 from shimpy.engine.prefixes import Save, SavedPrefix, SavedPrefixes
-from shimpy.engine.sequence import KvOp, Match, Sequence
-from shimpy.engine.shares import Shares, share_alone, share_out, slot_of
+from shimpy.engine.sequence import KvOp, Match, Sequence, slot_of
+from shimpy.engine.shares import Shares, share_alone, share_out
 from shimpy.engine.slots import Slots
 from shimpy.engine.turns import Turns
 

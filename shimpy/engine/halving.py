@@ -4,7 +4,7 @@ On a CPU llama.cpp computes a few tokens one by one and from 8 on by a kernel th
 for 8 as for 16. A step of 8 streams took 100 ms in one batch and 78 in two, of 7 66 and 70, of 10
 110 and 101, of 12 117 and 119, of 16 116 and 203 (dense 200M, one thread, AVX2); with two
 threads a step of 8 58 and 53. Another processor has other kernels: so both are tried, a few steps
-of each, and the quicker one is taken, until the other is tried again.
+of each, and halves are taken where they are clearly quicker, until the other is tried again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _N_COMPARED: Final = 3
 _FIRST_WAIT: Final = 32
 _LONGEST_WAIT: Final = 2048
 # Halves have to be so much quicker, as a second batch costs more than its time; and where they are
-# as long as the whole, noise would choose them half of the time (AVX512, mixture of experts).
+# as long as the whole, noise would choose them half of the time (simulated with 12 % of it).
 _WORTH: Final = 0.92
 
 Part = Literal["whole", "first", "second"]

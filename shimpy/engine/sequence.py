@@ -146,3 +146,9 @@ class Match:
         if self.source is None or self.source.sequence is None:
             return 0
         return max(self.n_now, self.n_soon)
+
+
+def slot_of(sequence: Sequence) -> int:
+    """Return the number of the slot that a running sequence has."""
+    assert sequence.slot is not None
+    return sequence.slot.id

@@ -98,14 +98,23 @@ def test_a_batch_ends_where_the_cells_do_that_it_attends_to() -> None:
     ),
     st.integers(0, 512),
     st.booleans(),
+    st.booleans(),
 )
 def test_a_batch_is_no_larger_than_it_may_be_and_never_empty(
-    prompts_in_slots: tuple[list[int], list[int]], n_tokens: int, is_oldests_turn: bool
+    prompts_in_slots: tuple[list[int], list[int]],
+    n_tokens: int,
+    is_oldests_turn: bool,
+    can_pad: bool,
 ) -> None:
     lengths, slots = prompts_in_slots
-    shares = shared(lengths, n_tokens, is_oldests_turn=is_oldests_turn, slots=slots)
+    shares = shared(
+        lengths, n_tokens, is_oldests_turn=is_oldests_turn, slots=slots, can_pad=can_pad
+    )
     assert bool(shares) == bool(lengths and n_tokens)
     assert sum(n for _, n in shares) <= n_tokens
+    assert all(n > 0 for _, n in shares)
+    assert can_pad or all(n <= lengths[index] for index, n in shares)
+    assert len({index for index, _ in shares}) == len(shares)
     taken = [slots[index] for index, _ in shares]
     assert taken == list(range(taken[0], taken[0] + len(taken))) if taken else True
     # One length, and less padding than so many passes would take.

@@ -96,6 +96,7 @@ class Context:
         status: int = LL.llama_decode(self.handle, batch.struct)
         if status == DecodeStatus.OK:
             self._take_logits(n_outputs)
+            # A step of streams, which comes most often, has none.
             if batch.struct.n_tokens > len(chunks):
                 self._drop_padding(chunks)
         elif status < 0:

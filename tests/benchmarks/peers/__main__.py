@@ -54,19 +54,20 @@ def main() -> int:
             measure.group(list(group))
     finally:
         # Of what there was time for, where it was ended early.
-        found = _report(place, measure.results, chosen)
+        machine = {**report.machine_of(place.peers_python), "threads": str(place.n_threads)}
+        found = _print_report(machine, measure.results, chosen)
         if arguments.json:
-            report.save(arguments.json, _machine(place), measure.results)
-    if arguments.plots:
-        report.plot(arguments.plots, measure.results)
+            report.save(arguments.json, machine, measure.results)
+        if arguments.plots:
+            report.plot(arguments.plots, measure.results)
     return 0 if all(verdict.is_met for verdict in found) else 1
 
 
-def _report(
-    place: Place, results: dict[str, Result], chosen: Sequence[Scenario | System]
+def _print_report(
+    machine: dict[str, str], results: dict[str, Result], chosen: Sequence[Scenario | System]
 ) -> list[Verdict]:
     """Print the table and the verdicts of what was measured; return these."""
-    print("; ".join(f"{key}: {value}" for key, value in _machine(place).items()) + "\n")
+    print("; ".join(f"{key}: {value}" for key, value in machine.items()) + "\n")
     print(report.table(results) + "\n")
     found = [
         verdict
@@ -76,10 +77,6 @@ def _report(
     ]
     print(summary(found), flush=True)
     return found
-
-
-def _machine(place: Place) -> dict[str, str]:
-    return {**report.machine_of(place.peers_python), "threads": str(place.n_threads)}
 
 
 def _parse() -> argparse.Namespace:
