@@ -86,7 +86,9 @@ class HostedFile:
 
     @cached_property
     def git_oid(self) -> str:
-        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data[:]).hexdigest()  # noqa: S324
+        digest = hashlib.sha1(b"blob %d\0" % len(self.data))  # noqa: S324 - as Git does
+        digest.update(self.data)
+        return digest.hexdigest()
 
 
 @dataclass
@@ -132,6 +134,9 @@ class HubServer:
             path: HostedFile(data if isinstance(data, bytes) else data.read_bytes())
             for path, data in files.items()
         }
+        for file in hosted.values():
+            # Hashed before anyone waits for an answer: clients' patience is short.
+            _ = file.sha256, file.git_oid
         repo = self.repos[name] = Repo(hosted, **settings)
         return repo
 
