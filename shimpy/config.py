@@ -11,10 +11,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields  # noqa: TID251 - settings have metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
+
+import msgspec
 
 from shimpy.errors import InvalidOptionError, suggest
 from shimpy.units import GIB, MIB
@@ -238,8 +240,7 @@ class Config:
         return self.cache_dir / "prefixes"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedConfig:
+class LoadedConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A Config and, for each setting, where its value came from."""
 
     config: Config

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+import msgspec
 
 from shimpy.errors import InvalidNameError
 
@@ -26,8 +27,7 @@ _SHARD = re.compile(r"-(?P<index>[0-9]{5})-of-(?P<count>[0-9]{5})$")
 _CANONICAL_TAGS = {"fp16": "f16", "fp32": "f32"}
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ModelName:
+class ModelName(msgspec.Struct, frozen=True, order=True):
     """A registered model's name, always in lower case, with its tag."""
 
     name: str

@@ -9,8 +9,10 @@ micro-batch; each is varied alone, from what the planner would take.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.errors import DoesNotFitError, UserError
 from shimpy.gguf.arch import ModelShape
@@ -29,8 +31,7 @@ _CPU_UBATCHES: Final = (128, 2048)
 _QUARTERS: Final = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """What the user wants to be measured; nothing given: what is worth it."""
 
     # Experts of the first N layers in RAM.
@@ -44,8 +45,7 @@ class Wanted:
     usual_threads: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A placement to be measured."""
 
     label: str
@@ -55,8 +55,7 @@ class Candidate:
     is_usual: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be measured, and what was left out with the reason."""
 
     candidates: tuple[Candidate, ...]

@@ -8,8 +8,9 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from shimpy.bench.candidates import Candidate
 from shimpy.bench.readings import Baseline, Readings
@@ -34,8 +35,7 @@ from shimpy.scheduler.worker import ENGINE_ARGV, Deadlines, Task, Worker
 _SEED = 7
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
+class Bench(msgspec.Struct, frozen=True, kw_only=True):
     """Measures placements of one model, one after the other."""
 
     model: Model
@@ -44,7 +44,7 @@ class Bench:
     # Called at each step, of Effort.n_steps.
     on_step: Callable[[str], None] = lambda _what: None
     engine_argv: Sequence[str] = ENGINE_ARGV
-    deadlines: Deadlines = field(default_factory=Deadlines)
+    deadlines: Deadlines = msgspec.field(default_factory=Deadlines)
 
     async def measure(self, candidate: Candidate) -> Measurement:
         """Return what a placement comes to; its worker is gone when this returns.
@@ -134,8 +134,7 @@ class Bench:
                 await asyncio.shield(asyncio.wait({life}))
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
+class _Answer(msgspec.Struct, frozen=True):
     first_text_s: float
     n_prompt: int
     n_generated: int

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
+import msgspec
 import psutil  # type: ignore[import-untyped]
 
 from shimpy.bench.results import Reading
@@ -14,20 +14,18 @@ from shimpy.placement.hardware import Gpu
 from shimpy.placement.usage import read_cards
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
+class Baseline(msgspec.Struct, frozen=True):
     """The cards before a worker is started."""
 
     used_bytes: Mapping[str, int]
     pids: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Readings:
+class Readings(msgspec.Struct, frozen=True):
     """Reads the cards that a machine's GPUs are on; every method blocks for a millisecond."""
 
     gpus: tuple[Gpu, ...]
-    sources: CardSources = field(default_factory=CardSources)
+    sources: CardSources = msgspec.field(default_factory=CardSources)
     rss_of: Callable[[int], int] = lambda pid: int(psutil.Process(pid).memory_info().rss)
 
     def baseline(self) -> Baseline:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
+
+import msgspec
+from msgspec.structs import asdict
 
 from shimpy.bench.results import Effort, Measurement, Reading
 from shimpy.bench.summary import Summary
@@ -14,8 +16,7 @@ NEEDS = ("", "PLACEMENT", "LOAD s", "PREFILL tok/s", "DECODE tok/s")
 NONE = "-"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(msgspec.Struct, frozen=True, kw_only=True):
     """A sweep with what it was made of."""
 
     model: Model

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from shimpy.bench.candidates import Candidate
 from shimpy.bench.summary import Summary
@@ -11,8 +12,7 @@ from shimpy.placement.measured import Speed, spot_of
 from shimpy.protocol.messages import BufferUse
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker holds at a moment, in bytes; None: nobody tells."""
 
     # Of the worker's process, summed over the cards, as the driver counts it.
@@ -23,8 +23,7 @@ class Reading:
     rss_bytes: int | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class Effort(msgspec.Struct, frozen=True, kw_only=True):
     """How much is measured of each placement."""
 
     # Tokens of each prompt, and generated for each.
@@ -65,8 +64,7 @@ GPU_EFFORT: Final = Effort()
 CPU_EFFORT: Final = Effort(n_prompt=128, n_generated=32, streams=(1, 4), n_repetitions=3)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamFigures:
+class StreamFigures(msgspec.Struct, frozen=True, kw_only=True):
     """What a number of requests at once came to."""
 
     n_streams: int
@@ -76,8 +74,7 @@ class StreamFigures:
     first_text_s: Summary
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
+class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """What one placement came to."""
 
     candidate: Candidate

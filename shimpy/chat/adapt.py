@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from shimpy.chat.messages import ChatMessage, ToolCall, ToolSpec
 from shimpy.chat.traits import Traits

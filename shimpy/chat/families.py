@@ -6,13 +6,12 @@ the engine puts it first where the model wants one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from shimpy.chat.guard import ControlTokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class Family(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt format; `stop` are the strings at which an answer ends."""
 
     name: str

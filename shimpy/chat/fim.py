@@ -6,8 +6,9 @@ Source: format_prompt_infill in llama.cpp's tools/server/server-common.cpp.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from shimpy.errors import UnsupportedError
 from shimpy.protocol.messages import Fim, PromptPart, Text
@@ -21,8 +22,7 @@ _SNIPPET = "\n\n--- snippet ---\n\n"
 _PREFIX_SHARE = 0.75
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContextFile:
+class ContextFile(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of another file of the repository."""
 
     text: str

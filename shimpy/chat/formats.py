@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.chat.template import ChatTemplate
 
@@ -13,8 +15,7 @@ BodyKind = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolSyntax:
+class ToolSyntax(msgspec.Struct, frozen=True, kw_only=True):
     """One way to write calls."""
 
     name: str
@@ -25,8 +26,7 @@ class ToolSyntax:
     noise: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ThinkingTags:
+class ThinkingTags(msgspec.Struct, frozen=True, kw_only=True):
     """The marks round a thought; `noise` are marks round the answer that mean nothing."""
 
     opener: str
@@ -34,8 +34,7 @@ class ThinkingTags:
     noise: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class CallFrame:
+class CallFrame(msgspec.Struct, frozen=True):
     """A call as this model writes it: `before` NAME `between` ARGUMENTS `after`."""
 
     before: str
@@ -134,8 +133,7 @@ HARMONY_MARKS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatFormat:
+class ChatFormat(msgspec.Struct, frozen=True, kw_only=True):
     """What a model's output is made of."""
 
     kind: Literal["tagged", "harmony"] = "tagged"

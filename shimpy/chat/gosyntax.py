@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from shimpy.errors import UserError
 
@@ -20,31 +21,27 @@ MAX_TEMPLATE_CHARS = 64 * 1024
 MAX_DEPTH = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Constant:
+class Constant(msgspec.Struct, frozen=True):
     """A literal."""
 
     value: str | int | float | bool | None
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
+class Path(msgspec.Struct, frozen=True):
     """A variable ("" for the dot) and the fields behind it: `$m.Function.Name`, `.Role`."""
 
     variable: str
     fields: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """A function and its operands; a piped value comes last."""
 
     function: str
     operands: tuple[Expression, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class FieldOf:
+class FieldOf(msgspec.Struct, frozen=True):
     """Fields of a value in parentheses: `(index .Messages 0).Content`."""
 
     value: Expression
@@ -54,22 +51,19 @@ class FieldOf:
 Expression = Constant | Path | Call | FieldOf
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
+class Raw(msgspec.Struct, frozen=True):
     """Text that is printed as it is."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Print:
+class Print(msgspec.Struct, frozen=True):
     """A value that is printed."""
 
     value: Expression
 
 
-@dataclass(frozen=True, slots=True)
-class Assign:
+class Assign(msgspec.Struct, frozen=True):
     """A variable that is declared (`:=`) or set (`=`)."""
 
     name: str
@@ -77,8 +71,7 @@ class Assign:
     declares: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(msgspec.Struct, frozen=True):
     """An if, range or with; `variables` are those before its `:=`."""
 
     kind: Literal["if", "range", "with"]
@@ -88,8 +81,7 @@ class Block:
     otherwise: tuple[Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Leave:
+class Leave(msgspec.Struct, frozen=True):
     """A break or continue."""
 
     kind: Literal["break", "continue"]

@@ -7,7 +7,8 @@ regular expression leaves open at its ends may be any text.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+import msgspec
 
 from shimpy.chat.gbnf import MAX_REPEAT, Rules, char_class, literal
 
@@ -32,8 +33,7 @@ _CONTROL = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "b": 8, "0": 0}
 _JSON_ESCAPES = {8: "\\b", 9: "\\t", 10: "\\n", 12: "\\f", 13: "\\r", 34: '\\"', 92: "\\\\"}
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """An expression, and how many characters it stands for; `high` None: no limit."""
 
     text: str

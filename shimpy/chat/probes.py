@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
 from typing import Any
+
+from msgspec.structs import replace
 
 from shimpy.chat.adapt import message_dict, tool_dict
 from shimpy.chat.budget import TemplateFault

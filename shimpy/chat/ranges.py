@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
+
+import msgspec
 
 from shimpy.chat.gbnf import Rules
 
@@ -11,8 +12,7 @@ MAX_DIGITS = 16
 _ANY = "[0-9]"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
+class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers from `low` to `high`; None: no bound. Open ends leave the bound out."""
 
     low: Fraction | None = None
@@ -146,8 +146,7 @@ def _decimals(bounds: Bounds) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Digits:
+class _Digits(msgspec.Struct, frozen=True):
     """A bound: its whole part, and the digits behind its point without zeros at the end."""
 
     whole: int

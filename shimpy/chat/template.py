@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.chat.adapt import adapt, merge_thinking, message_dict, system_into_user, tidy, tool_dict
 from shimpy.chat.budget import TemplateFault
@@ -270,8 +272,7 @@ class ChatTemplate:
         return Rendered(parts=parts, add_bos=self._adds_bos(parts), stop=self.stop)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
+class _Request(msgspec.Struct, frozen=True, kw_only=True):
     tools: Sequence[ToolSpec]
     continue_final: bool
     add_generation_prompt: bool

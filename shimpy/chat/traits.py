@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traits:
+class Traits(msgspec.Struct, frozen=True, kw_only=True):
     """What a template takes and prints."""
 
     # Content must be a list of {"type": "text", "text": ...}.

@@ -11,9 +11,10 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from shimpy.config import Config
 from shimpy.errors import ShimpyError
@@ -29,8 +30,7 @@ _LITTLE_DISK = 10 * GIB
 _ANSWER_S = 3.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """What one check came to; `remedy` is the exact line that mends it."""
 
     check: str

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
 from typing import Any, Final
+
+import msgspec
 
 from shimpy.errors import InvalidOptionError, UserError
 from shimpy.parameters import add_typed
@@ -24,16 +25,15 @@ _LONG: Final = '"""'
 _ROLES: Final = ("system", "user", "assistant")
 
 
-@dataclass(slots=True)
-class Modelfile:
+class Modelfile(msgspec.Struct):
     """The parts of a Modelfile; paths and names as they were written."""
 
-    sources: list[str] = field(default_factory=list)
-    parameters: dict[str, Any] = field(default_factory=dict)
+    sources: list[str] = msgspec.field(default_factory=list)
+    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
     template: str | None = None
     system: str | None = None
-    messages: list[dict[str, str]] = field(default_factory=list)
-    licenses: list[str] = field(default_factory=list)
+    messages: list[dict[str, str]] = msgspec.field(default_factory=list)
+    licenses: list[str] = msgspec.field(default_factory=list)
 
     def request(self) -> dict[str, Any]:
         """Return the fields of /api/create, all but where the model's files come from."""

@@ -194,7 +194,7 @@ def plan_options(
     config: Config, *, n_ctx: int | None, n_slots: int | None, cpu_moe: CpuMoe | None, kv_type: Any
 ) -> PlanOptions:
     """Return the options that the daemon would plan with, but for those given here."""
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from shimpy.placement.placement import PlanOptions
     from shimpy.scheduler.loads import with_defaults

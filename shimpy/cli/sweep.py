@@ -38,7 +38,7 @@ class Sweep:
                 self.was_interrupted = True
 
     async def _measure_all(self, progress: _Progress) -> None:
-        from dataclasses import replace
+        from msgspec.structs import replace
 
         from shimpy.bench.report import format_rate
         from shimpy.errors import ShimpyError

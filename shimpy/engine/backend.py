@@ -8,16 +8,16 @@ thread uses while the loop decodes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import msgspec
 
 from shimpy.protocol.messages import BufferUse, Sampling, TokenLogprob
 
 FimRole = Literal["prefix", "suffix", "middle", "repo", "separator"]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """Consecutive tokens of one slot in a batch; the last gives logits where `wants_logits`.
 
     `n_padding` tokens more are computed behind them, and leave the KV cache at once: chunks of one

@@ -11,8 +11,9 @@ Admission is first come, first served, and the running sequences are in order of
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from itertools import islice
+
+import msgspec
 
 from shimpy.engine.backend import Chunk
 from shimpy.engine.halving import Halving, Part
@@ -28,8 +29,7 @@ from shimpy.engine.turns import Turns
 MARGIN = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """One decode call: first the KV operations, then the chunks, one for each sequence."""
 
     ops: list[KvOp]
@@ -44,8 +44,7 @@ class Batch:
     n_streams: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Restore:
+class Restore(msgspec.Struct, frozen=True):
     """Instead of a batch: restore a saved prefix into an empty slot, after the KV operations."""
 
     ops: list[KvOp]

@@ -9,11 +9,11 @@ each slot has cells of its own, none are shared.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(slots=True, eq=False)
-class _Run:
+class _Run(msgspec.Struct, eq=False):
     n: int
     n_holders: int = 1
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+
+import msgspec
 
 from shimpy.engine.backend import Backend
 from shimpy.engine.intake import Inputs
@@ -13,10 +14,9 @@ from shimpy.protocol.messages import Embedded, Failed
 _FLOAT_BYTES = 4
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
+class _Job(msgspec.Struct, eq=False):
     work: Inputs
-    vectors: list[bytes] = field(default_factory=list)
+    vectors: list[bytes] = msgspec.field(default_factory=list)
 
     @property
     def request(self) -> int:

@@ -11,7 +11,8 @@ import queue
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from shimpy.engine.backend import Backend, n_ctx_seq
 from shimpy.engine.prompt import Prompts, check_ids, fit_prompt
@@ -41,8 +42,7 @@ from shimpy.protocol.messages import (
 INBOX_MESSAGES = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Prompted:
+class Prompted(msgspec.Struct, frozen=True):
     """A Submit whose prompt is tokenized and fits the context."""
 
     submit: Submit
@@ -50,8 +50,7 @@ class Prompted:
     arrived_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
+class Inputs(msgspec.Struct, frozen=True):
     """An Embed whose inputs are tokenized and fit one batch each."""
 
     embed: Embed

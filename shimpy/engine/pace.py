@@ -16,8 +16,10 @@ into copying them to the GPU, however few its tokens are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 MIN_CHUNK: Final = 128
 # It is shortened to these where it would take longer than this, unless each token would take so
@@ -45,8 +47,7 @@ _ALIKE: Final = 1.5
 _SHALLOW: Final = 128
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
+class _Known(msgspec.Struct, frozen=True):
     """The quickest of the batches of about one size."""
 
     n_tokens: int

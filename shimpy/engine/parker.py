@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
+
+import msgspec
 
 from shimpy.engine.parking import Parking, without_strewn
 from shimpy.engine.prefixes import MIN_PARKED_GAIN, SavedPrefix, SavedPrefixes
@@ -14,8 +15,7 @@ from shimpy.engine.sequence import ATTENDED_CELLS, IdleCache, KvOp, Match, Seque
 from shimpy.engine.slots import Slots
 
 
-@dataclass(frozen=True, slots=True)
-class Park:
+class Park(msgspec.Struct, frozen=True):
     """Instead of a batch: copy to RAM what an idle slot holds, after the KV operations.
 
     These are its tokens then; `covers` are parked prefixes that the copy makes needless.

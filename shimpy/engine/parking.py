@@ -21,8 +21,9 @@ generated side by side: their values lie transposed, two bytes apart from each o
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
+
+from msgspec.structs import replace
 
 from shimpy.engine.pace import LEAST_CHUNK
 from shimpy.engine.sequence import IdleCache

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.engine.sequence import IdleCache
 from shimpy.engine.slots import common_prefix
@@ -28,8 +30,7 @@ MIN_PARKED_GAIN: Final = 16
 MAX_PARKED_EXCESS: Final = 16
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SavedPrefix:
+class SavedPrefix(msgspec.Struct, frozen=True, eq=False):
     """A prefix in a file of that name, or parked under it."""
 
     name: str
@@ -49,8 +50,7 @@ class SavedPrefix:
         return MAX_PARKED_EXCESS if self.is_parked else MAX_EXCESS
 
 
-@dataclass(frozen=True, slots=True)
-class Save:
+class Save(msgspec.Struct, frozen=True):
     """Save a slot's first tokens, all others dropped, or what is parked (slot None).
 
     `covers` are files that it makes needless.
@@ -200,8 +200,7 @@ def _save_parked(prefix: SavedPrefix) -> Save:
     return Save(None, prefix.tokens.tolist(), parked=prefix)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredFile:
+class StoredFile(msgspec.Struct, frozen=True):
     """A file of any model's saved prefixes, or what a model has parked."""
 
     path: str

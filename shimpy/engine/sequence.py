@@ -7,7 +7,7 @@ waiting --admit--> running --finish--> gone
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 # More positions than any context has.
 ALL = 1 << 62
@@ -15,8 +15,7 @@ ALL = 1 << 62
 ATTENDED_CELLS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class KvRemove:
+class KvRemove(msgspec.Struct, frozen=True):
     """Drop the positions [start, end) of a slot; end -1: to its end."""
 
     slot: int
@@ -24,8 +23,7 @@ class KvRemove:
     end: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class KvCopy:
+class KvCopy(msgspec.Struct, frozen=True):
     """Let `target`, which is empty, have the first `n` positions of `source` too."""
 
     source: int
@@ -33,8 +31,7 @@ class KvCopy:
     n: int
 
 
-@dataclass(frozen=True, slots=True)
-class KvShift:
+class KvShift(msgspec.Struct, frozen=True):
     """Move the positions [start, end) of a slot by `delta`."""
 
     slot: int
@@ -43,8 +40,7 @@ class KvShift:
     delta: int
 
 
-@dataclass(frozen=True, slots=True)
-class KvExchange:
+class KvExchange(msgspec.Struct, frozen=True):
     """Let two slots exchange all that they hold."""
 
     first: int
@@ -54,14 +50,14 @@ class KvExchange:
 KvOp = KvRemove | KvCopy | KvShift | KvExchange
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Sequence:
+class Sequence(msgspec.Struct, kw_only=True, eq=False):
     """A prompt with its completion. The batcher owns every field from `order` on."""
 
     request: int
     # Prompt and completion; the KV cache holds the first n_kv.
     tokens: list[int]
-    n_prompt: int = field(init=False)
+    # Of them the prompt's: as many as there are at first.
+    n_prompt: int = 0
     # New tokens at most.
     n_predict: int
     # Tokens at the front that a context shift spares; None: no shift, the full context ends it.
@@ -95,14 +91,13 @@ class Sequence:
         return len(self.tokens) - self.n_kv
 
 
-@dataclass(slots=True, eq=False)
-class Slot:
+class Slot(msgspec.Struct, eq=False):
     """A place in the KV cache: busy with a sequence, or idle with what the last one left."""
 
     id: int
     sequence: Sequence | None = None
     # What an idle slot's KV holds.
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = msgspec.field(default_factory=list)
     # Of these, the prompt of the sequence that left them.
     n_prompt: int = 0
     # Positions from here on were moved by a context shift: no other prompt can use them.
@@ -120,8 +115,7 @@ class Slot:
     is_spare: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class IdleCache:
+class IdleCache(msgspec.Struct, frozen=True):
     """What an idle slot holds that another prompt can use; of it, the last sequence's prompt."""
 
     slot: int
@@ -131,8 +125,7 @@ class IdleCache:
     n_strewn: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(msgspec.Struct, frozen=True):
     """The longest prefix of a sequence in any slot: there now, or computed there soon."""
 
     source: Slot | None = None

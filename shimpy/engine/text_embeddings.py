@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+
+import msgspec
 
 from shimpy.engine.backend import Backend, Chunk
 from shimpy.engine.batcher import Batcher
@@ -23,11 +24,10 @@ from shimpy.protocol.messages import Embedded
 _FLOAT_BYTES = 4
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
+class _Job(msgspec.Struct, eq=False):
     work: Inputs
     # By the index of their text.
-    vectors: dict[int, bytes] = field(default_factory=dict)
+    vectors: dict[int, bytes] = msgspec.field(default_factory=dict)
     n_submitted: int = 0
 
     @property

@@ -8,8 +8,9 @@ expert_count, and a draft file may hold no experts at all. The pattern is llama.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from shimpy.errors import GgufError
 from shimpy.gguf.cache import Hparams, LayerCache, describe_cache, n_nextn
@@ -73,8 +74,7 @@ SPLIT_EXPERTS_EXPLANATION: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerShape:
+class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
     """One block of a model; sizes are those of the file's tensors, in bytes."""
 
     index: int
@@ -96,8 +96,7 @@ class LayerShape:
     state_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
+class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """All that placement needs to know of a model, and what a listing shows."""
 
     arch: str

@@ -8,9 +8,10 @@ src/models/.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final, cast
+
+import msgspec
 
 from shimpy.errors import GgufError
 from shimpy.gguf.header import Header
@@ -64,8 +65,7 @@ _STATE_ELEMENT_BYTES: Final = 4
 _MAX_LAYERS: Final = 512
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
+class _Window(msgspec.Struct, frozen=True):
     """How an architecture mixes windowed with full attention, where its file does not say."""
 
     # Every n-th layer is full; 0: all are windowed; None: only a list in the file counts.
@@ -108,8 +108,7 @@ _WINDOWS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerCache:
+class LayerCache(msgspec.Struct, frozen=True, kw_only=True):
     """What one layer caches; widths are elements per token, the state bytes per sequence."""
 
     n_embd_k: int = 0
@@ -118,8 +117,7 @@ class LayerCache:
     state_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheShape:
+class CacheShape(msgspec.Struct, frozen=True, kw_only=True):
     """What all layers cache."""
 
     layers: tuple[LayerCache, ...]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeVar
 
@@ -38,8 +37,7 @@ class TruncatedHeaderError(GgufError):
         self.needed_bytes = needed_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GgufArray:
+class GgufArray(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """An array of metadata, kept as the file's bytes until its values are asked for.
 
     A vocabulary of 200,000 tokens is skipped in milliseconds; it is decoded only by those who
@@ -101,8 +99,7 @@ class TensorInfo(msgspec.Struct, frozen=True, kw_only=True):
         return total
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
+class Shard(msgspec.Struct, frozen=True, kw_only=True):
     """One file of a model."""
 
     name: str
@@ -123,8 +120,7 @@ class Shard:
         return self.data_offset + self.data_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
+class Header(msgspec.Struct, frozen=True, kw_only=True):
     """All that a model's file, or its shards together, say before the data."""
 
     version: int

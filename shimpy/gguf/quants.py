@@ -6,12 +6,12 @@ llama-cpp-python 0.3.36 carries. Numbers that are missing were removed from the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class GgmlType:
+
+class GgmlType(msgspec.Struct, frozen=True):
     """A tensor type: `block_size` elements take `type_size` bytes."""
 
     id: int

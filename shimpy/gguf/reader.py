@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import replace
 from io import SEEK_END
 from pathlib import Path
 from typing import BinaryIO, Final
 
-import msgspec
+from msgspec.structs import replace
 
 from shimpy.errors import GgufError
 from shimpy.gguf.header import Header
@@ -141,9 +140,7 @@ def merge_headers(parts: Sequence[Header]) -> Header:
             raise GgufError(
                 f"{part.name}: is shard {part.get_int('split.no') + 1} inside, {number + 1} by name"
             )
-    tensors = [
-        msgspec.structs.replace(t, shard=i) for i, part in enumerate(parts) for t in part.tensors
-    ]
+    tensors = [replace(t, shard=i) for i, part in enumerate(parts) for t in part.tensors]
     seen: dict[str, int] = {}
     for tensor in tensors:
         other = seen.setdefault(tensor.name, tensor.shard)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from shimpy.gguf.header import TensorInfo
 
@@ -24,16 +25,15 @@ _INPUT: Final = re.compile(
 _EMBEDDING_NORM: Final = "token_embd_norm."
 
 
-@dataclass(slots=True)
-class TensorSizes:
+class TensorSizes(msgspec.Struct):
     """Sums over a tensor table, in bytes; those by layer count what llama.cpp loads."""
 
-    dense: Counter[int] = field(default_factory=Counter)
-    expert: Counter[int] = field(default_factory=Counter)
-    n_expert_tensors: Counter[int] = field(default_factory=Counter)
+    dense: Counter[int] = msgspec.field(default_factory=Counter)
+    expert: Counter[int] = msgspec.field(default_factory=Counter)
+    n_expert_tensors: Counter[int] = msgspec.field(default_factory=Counter)
     # The largest single tensor of each layer, among its experts and among the rest.
-    largest_dense: Counter[int] = field(default_factory=Counter)
-    largest_expert: Counter[int] = field(default_factory=Counter)
+    largest_dense: Counter[int] = msgspec.field(default_factory=Counter)
+    largest_expert: Counter[int] = msgspec.field(default_factory=Counter)
     input_bytes: int = 0
     output_bytes: int = 0
     # token_embd.weight, which is part of the input.

@@ -11,9 +11,10 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import msgspec
 
 from shimpy.units import GIB
 
@@ -30,8 +31,7 @@ _PCI: Final = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class Card(msgspec.Struct, frozen=True, kw_only=True):
     """A card in the machine, whether or not llama.cpp can use it."""
 
     vendor: Vendor
@@ -53,16 +53,17 @@ def _import_nvml() -> Any:
     return pynvml
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardSources:
+class CardSources(msgspec.Struct, frozen=True, kw_only=True):
     """Where cards are looked for; tests put their own in place."""
 
     sys: Path = Path("/sys")
     # Returns the initialized pynvml, or raises where there is no NVIDIA driver.
     nvml: Callable[[], Any] = _import_nvml
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    environ: Mapping[str, str] = msgspec.field(default_factory=lambda: os.environ)
     # platform.system() and platform.machine().
-    system: tuple[str, str] = field(default_factory=lambda: (platform.system(), platform.machine()))
+    system: tuple[str, str] = msgspec.field(
+        default_factory=lambda: (platform.system(), platform.machine())
+    )
 
 
 def probe_cards(sources: CardSources) -> tuple[Card, ...]:

@@ -20,8 +20,9 @@ docs/placement.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from shimpy.gguf.arch import LayerShape, ModelShape
 
@@ -35,8 +36,7 @@ _MLA_QUERIES: Final = 3.5
 _RECURRENT_WIDTHS: Final = 12
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
+class Reservation(msgspec.Struct, frozen=True, kw_only=True):
     """The sizes of a context that its compute buffers depend on."""
 
     # Tokens of one micro-batch, never more than the context has.
@@ -51,8 +51,7 @@ class Reservation:
     kv_is_f16: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Duty:
+class Duty(msgspec.Struct, frozen=True, kw_only=True):
     """What one device computes; of equal layers one is enough."""
 
     # Layers that are wholly its own.

@@ -11,8 +11,9 @@ to 32768, as long as the cache takes no more than an eighth of the free VRAM.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from shimpy.errors import InvalidOptionError
 from shimpy.gguf.arch import ModelShape
@@ -52,8 +53,7 @@ KV_TYPE_SMALL: Final[KvType] = "q8_0"
 _SMALL_KV_HEADS: Final = (64, 128, 256)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Streaming:
+class Streaming(msgspec.Struct, frozen=True, kw_only=True):
     """How weights in host memory are held, and by how many tokens at once they are used."""
 
     load_mode: LoadMode

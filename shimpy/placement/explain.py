@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware, UnusableGpu
@@ -13,8 +14,7 @@ from shimpy.placement.reasons import describe_lack, describe_layout, missing_byt
 from shimpy.units import format_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanReport:
+class PlanReport(msgspec.Struct, frozen=True, kw_only=True):
     """A plan with what it was made from."""
 
     model: str

@@ -7,9 +7,10 @@ that it would like to have (`Plan.doubts`); `scheduler.simulations` gets them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
+
+import msgspec
 
 from shimpy.placement.memory import Context, Layout, MemoryUse, Use
 from shimpy.protocol.messages import BufferUse
@@ -17,8 +18,7 @@ from shimpy.protocol.messages import BufferUse
 HOST: Final = "CPU"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """All that the memory of a loaded model depends on, beside the model and the machine."""
 
     # llama.cpp's names, in the order of the layout's shares.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from shimpy.units import MIB
 
@@ -14,8 +15,7 @@ CUDA_OVERHEAD_BYTES = 402 * MIB
 CUDA_WORKSPACE_BYTES = 192 * MIB
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     """A device that the installed llama.cpp can use."""
 
     # llama.cpp's name: "CUDA0", "Vulkan1", "Metal".
@@ -36,8 +36,7 @@ class Gpu:
     driver: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnusableGpu:
+class UnusableGpu(msgspec.Struct, frozen=True, kw_only=True):
     """A card that is in the machine but that this build of llama.cpp can't use."""
 
     description: str
@@ -47,8 +46,7 @@ class UnusableGpu:
     remedy: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class Host(msgspec.Struct, frozen=True, kw_only=True):
     """The host's memory as a new process may use it."""
 
     total_bytes: int
@@ -59,8 +57,7 @@ class Host:
     n_cores: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hardware:
+class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the planner may know of a machine."""
 
     gpus: tuple[Gpu, ...]

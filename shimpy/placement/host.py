@@ -10,10 +10,10 @@ import math
 import os
 import resource
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import psutil  # type: ignore[import-untyped]
 
 from shimpy.placement.hardware import Host
@@ -38,8 +38,7 @@ def _affinity() -> frozenset[int]:
     return frozenset(range(psutil.cpu_count(logical=False) or os.cpu_count() or 1))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostSources:
+class HostSources(msgspec.Struct, frozen=True, kw_only=True):
     """Where the host's facts are read; tests put their own in place."""
 
     proc: Path = Path("/proc")
@@ -52,8 +51,7 @@ class HostSources:
     affinity: Callable[[], frozenset[int]] = _affinity
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
+class _Group(msgspec.Struct, frozen=True):
     """A control group's limit and what counts against it."""
 
     limit_bytes: int

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.defaults import KV_TYPE
@@ -72,8 +72,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
         return N_PROMPT / self.prefill_per_s + N_ANSWER / self.decode_per_s
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(msgspec.Struct, frozen=True):
     speed: Speed
     rung: Rung
     # What exact figures its own plan is in want of.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
+
+import msgspec
 
 from shimpy.gguf.arch import LayerShape, ModelShape
 from shimpy.placement.compute import (
@@ -36,8 +37,7 @@ KV_BLOCKS: Final[dict[KvType, tuple[int, int]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
+class Context(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a llama_context that cost memory."""
 
     # Tokens that all slots share where the KV cache is unified; else those of each slot.
@@ -53,8 +53,7 @@ class Context:
     swa_full: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """Which layers and experts are on which GPU, in llama.cpp's terms."""
 
     # Counts the output layer as one and fills from the back; 0: nothing is on a GPU.
@@ -65,8 +64,7 @@ class Layout:
     split: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
+class Use(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on one device."""
 
     weights_bytes: int = 0
@@ -79,16 +77,14 @@ class Use:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryUse:
+class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on each GPU of a layout, in its order, and in host memory."""
 
     gpus: tuple[Use, ...]
     host: Use
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
+class _Span(msgspec.Struct, frozen=True):
     """The layers of one GPU, as a half-open range, and whether it has the output."""
 
     gpu: int

@@ -7,11 +7,11 @@ work claims later. The first is what a prediction counts; the second has to stay
 
 from __future__ import annotations
 
-from dataclasses import replace
 from statistics import median_low
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from shimpy.placement.hardware import Gpu
 from shimpy.units import GIB

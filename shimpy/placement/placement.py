@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from shimpy.placement.figures import Setup
 from shimpy.protocol.messages import KvType, LoadMode
@@ -13,8 +14,7 @@ Mode = Literal["gpu", "experts-in-ram", "partial-gpu", "cpu"]
 CpuMoe = Literal["auto", "on", "off"] | int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user asked for; None leaves the choice to the planner."""
 
     n_ctx: int | None = None
@@ -28,8 +28,7 @@ class PlanOptions:
     flash_attn: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where each part of a model lives, and the settings that it is loaded with."""
 
     mode: Mode
@@ -54,8 +53,7 @@ class Placement:
     tensor_split: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceUse:
+class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
     """What a placement takes on one device, in bytes."""
 
     name: str
@@ -86,8 +84,7 @@ class DeviceUse:
         return self.total_bytes + self.workspace_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostUse:
+class HostUse(msgspec.Struct, frozen=True, kw_only=True):
     """What a placement takes in host memory, in bytes."""
 
     available_bytes: int
@@ -112,8 +109,7 @@ class HostUse:
         return max(0, self.total_bytes + self.margin_bytes - self.available_bytes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rung:
+class Rung(msgspec.Struct, frozen=True, kw_only=True):
     """One placement that was weighed, with its costs; `fits` on the hardware it was weighed for."""
 
     placement: Placement
@@ -126,8 +122,7 @@ class Rung:
     is_exact: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The planner's answer: the rung it took, if any fits, and all it weighed, best first."""
 
     chosen: Rung | None

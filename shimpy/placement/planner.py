@@ -17,9 +17,10 @@ for every token, so it is refused rather than started.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from operator import itemgetter
+
+from msgspec.structs import replace
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.defaults import (

@@ -15,11 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from shimpy.errors import WorkerError
 from shimpy.placement.builds import cpu_build, installed_lib
@@ -105,14 +105,13 @@ def list_devices() -> BuildInfo:
     return cpu_build(installed_lib()) or ask_worker()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
+class Sources(msgspec.Struct, frozen=True, kw_only=True):
     """All that a snapshot is taken from; tests put their own in place."""
 
     # Raises WorkerError where llama.cpp can't be asked.
     list_devices: Callable[[], BuildInfo] = list_devices
-    cards: CardSources = field(default_factory=CardSources)
-    host: HostSources = field(default_factory=HostSources)
+    cards: CardSources = msgspec.field(default_factory=CardSources)
+    host: HostSources = msgspec.field(default_factory=HostSources)
     clock: Callable[[], float] = time.monotonic
 
 

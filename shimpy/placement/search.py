@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.defaults import N_SLOTS_APART, N_SLOTS_CPU, Streaming, default_ubatch
@@ -67,8 +69,7 @@ PLAIN_KV: Final = ("f32", "f16", "bf16")
 Team = tuple[Gpu, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a placement that do not say where its layers are."""
 
     n_ctx: int
@@ -77,8 +78,7 @@ class Settings:
     kv_type: KvType
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Estimate:
+class _Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """What a setup takes, and whether llama.cpp itself says so."""
 
     setup: Setup

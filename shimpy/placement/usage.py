@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from shimpy.placement.cards import CardSources, pci_id
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardUse:
+class CardUse(msgspec.Struct, frozen=True, kw_only=True):
     """What is in use on one card, in bytes."""
 
     used_bytes: int

@@ -6,8 +6,9 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final, TypeVar
+
+import msgspec
 
 from shimpy.errors import RemoteError
 from shimpy.registry.remote import TransientError
@@ -71,8 +72,7 @@ class Stop:
                 self._abort = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retries:
+class Retries(msgspec.Struct, frozen=True, kw_only=True):
     """How often something is tried that fails in passing, and how long between."""
 
     most: int = 6

@@ -16,10 +16,11 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+
+import msgspec
 
 from shimpy.errors import InvalidOptionError, NotFoundError, RegistryError, UserError
 from shimpy.names import name_part
@@ -44,8 +45,7 @@ class DigestMismatchError(UserError):
     code = "digest_mismatch"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredFile:
+class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file or working folder of the store."""
 
     path: Path

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
+
+import msgspec
 
 from shimpy.errors import ShimpyError
 from shimpy.registry import hub
@@ -13,8 +14,7 @@ from shimpy.registry.catalog import Entry
 from shimpy.registry.offers import find_offer, list_offers, one_of_each
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
+class Checked(msgspec.Struct, frozen=True, kw_only=True):
     """What was found of an entry."""
 
     name: str

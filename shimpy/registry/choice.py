@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from shimpy.registry.offers import Offer
 
@@ -23,8 +24,7 @@ _USUAL_BITS: Final = 4
 _MOST_WEIGHED: Final = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """What the planner says of a model on this machine."""
 
     fits: bool
@@ -38,8 +38,7 @@ class Verdict:
     plan: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """A quantization with what was found out about it."""
 
     offer: Offer

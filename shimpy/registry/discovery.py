@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
+
+import msgspec
 
 from shimpy.names import ModelName, parse_shard
 from shimpy.registry.settings import NO_SETTINGS, ModelSettings
@@ -24,8 +25,7 @@ _PARTIAL_SUFFIXES: Final = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundFile:
+class FoundFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file as the file system sees it."""
 
     path: Path
@@ -43,8 +43,7 @@ class FoundFile:
         return f"{self.size_bytes}:{self.mtime_ns}:{self.identity[1]}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundModel:
+class FoundModel(msgspec.Struct, frozen=True, kw_only=True):
     """Files that make one model: a single one, or all shards that are there, in order."""
 
     files: tuple[FoundFile, ...]
@@ -82,8 +81,7 @@ class FoundModel:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scan:
+class Scan(msgspec.Struct, frozen=True, kw_only=True):
     """All that was found; `problems` are what could not be looked at, in words."""
 
     models: tuple[FoundModel, ...]
@@ -99,8 +97,7 @@ class Source(Protocol):
         """Return what is there now; blocking. What can't be read is a problem, not an error."""
 
 
-@dataclass(frozen=True, slots=True)
-class Folders:
+class Folders(msgspec.Struct, frozen=True):
     """Folders of GGUF files, named by their files' names."""
 
     folders: tuple[Path, ...]
@@ -129,22 +126,20 @@ def scan_folders(folders: Sequence[Path], *, is_flat: bool = False) -> Scan:
     return Scan(models=tuple(models), readable=tuple(readable), problems=tuple(walk.problems))
 
 
-@dataclass(slots=True)
-class _Listing:
+class _Listing(msgspec.Struct):
     """The GGUF files of one folder, and the names of all that is in it."""
 
-    files: list[FoundFile] = field(default_factory=list)
-    names: set[str] = field(default_factory=set)
+    files: list[FoundFile] = msgspec.field(default_factory=list)
+    names: set[str] = msgspec.field(default_factory=set)
 
 
-@dataclass(slots=True)
-class _Walk:
+class _Walk(msgspec.Struct):
     """A walk over several trees that remembers where it has been."""
 
     # Sub-folders are not looked at.
     is_flat: bool = False
-    seen: set[tuple[int, int]] = field(default_factory=set)
-    problems: list[str] = field(default_factory=list)
+    seen: set[tuple[int, int]] = msgspec.field(default_factory=set)
+    problems: list[str] = msgspec.field(default_factory=list)
     n_entries: int = 0
 
     def files_below(self, top: Path) -> Iterator[_Listing]:

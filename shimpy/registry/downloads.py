@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from shimpy.errors import DiskFullError
 from shimpy.registry.attempts import Retries, Stop
@@ -28,8 +29,7 @@ _TELL_EVERY_S: Final = 0.1
 _LOOK_EVERY_S: Final = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far a file is; `completed` never becomes less."""
 
     file: str

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from shimpy.errors import RemoteError
 from shimpy.registry import disk
@@ -31,12 +32,11 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 OnProgress = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fetcher:
+class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
     """Fetches files into a store's blobs; each file is fetched by one thread at a time."""
 
     blobs: Blobs
-    retries: Retries = field(default_factory=Retries)
+    retries: Retries = msgspec.field(default_factory=Retries)
 
     def fetch(self, file: RemoteFile, *, stop: Stop, on_progress: OnProgress) -> str:
         """Return the digest of a file once it is a blob of the store; blocking.

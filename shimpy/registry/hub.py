@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 from urllib.parse import quote
 
+import msgspec
 from huggingface_hub import HfApi, ModelInfo, constants, get_session, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -47,8 +47,7 @@ constants.HF_HUB_DISABLE_TELEMETRY = True
 _APP: Final = "shimpy"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Repository:
+class Repository(msgspec.Struct, frozen=True, kw_only=True):
     """A repository as of one commit."""
 
     # "org/name".

@@ -10,11 +10,11 @@ import sqlite3
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
+from msgspec.structs import fields
 
 from shimpy.gguf.arch import LayerShape, ModelShape
 
@@ -29,8 +29,7 @@ _CREATE: Final = (
 Kind = Literal["model", "broken", "projector", "part"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a model's files from their headers."""
 
     # part: an adapter or the like, which only serves a model.

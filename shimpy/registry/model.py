@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.names import ModelName
 from shimpy.registry.settings import NO_SETTINGS, ModelSettings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A registered model with its files; either `shape` or `error` is set."""
 
     name: ModelName
@@ -31,10 +31,14 @@ class Model:
     # Further names that it answers to, as long as no model has them for its own.
     aliases: tuple[ModelName, ...] = ()
     # All that is set about it: by the user, over what it came with, over the catalog's defaults.
-    settings: ModelSettings = field(default=NO_SETTINGS, hash=False)
+    settings: ModelSettings = NO_SETTINGS
     shape: ModelShape | None
     # Why the file can't be used; None: it can.
     error: str | None = None
+
+    def __hash__(self) -> int:
+        """Hash what tells models apart; settings hold dicts."""
+        return hash((self.name, self.digest))
 
     @property
     def path(self) -> Path:

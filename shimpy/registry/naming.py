@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from shimpy.names import ModelName, name_from_stem, name_part
 from shimpy.registry.discovery import STORE, FoundModel
@@ -23,8 +24,7 @@ def is_projector_name(path: Path) -> bool:
     return _PROJECTOR_MARK in path.stem.lower()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Named:
+class Named(msgspec.Struct, frozen=True, kw_only=True):
     """A model with the name that it is listed under, and those that it answers to besides."""
 
     # Its place among the models that were to be named.
@@ -52,16 +52,15 @@ def assign_names(models: Sequence[FoundModel]) -> tuple[list[Named], list[str]]:
     return named, naming.problems
 
 
-@dataclass(slots=True)
-class _Naming:
+class _Naming(msgspec.Struct):
     """Names given so far."""
 
-    taken: dict[ModelName, FoundModel] = field(default_factory=dict)
+    taken: dict[ModelName, FoundModel] = msgspec.field(default_factory=dict)
     # By the model's index: its name and aliases.
-    named: dict[int, tuple[ModelName, list[ModelName]]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    named: dict[int, tuple[ModelName, list[ModelName]]] = msgspec.field(default_factory=dict)
+    problems: list[str] = msgspec.field(default_factory=list)
     # By what tells files apart: the models that were named.
-    _known: dict[object, list[tuple[int, FoundModel]]] = field(default_factory=dict)
+    _known: dict[object, list[tuple[int, FoundModel]]] = msgspec.field(default_factory=dict)
 
     def add(self, index: int, model: FoundModel) -> None:
         """Name one more model."""

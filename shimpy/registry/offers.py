@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Final
+
+import msgspec
 
 from shimpy.errors import NotFoundError
 from shimpy.gguf.reader import MAX_SHARDS
@@ -25,8 +26,7 @@ _NO_MODELS: Final = re.compile(r"(?:^|[-._])(?:imatrix|lora|vocab|control[-_]vec
 _MOST_NAMED: Final = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """A model that a repository holds."""
 
     # As a tag, "q4_k_m"; `latest` where the file's name says none.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -29,8 +28,7 @@ _ACCEPT: Final = "application/vnd.docker.distribution.manifest.v2+json"
 _MOST_BYTES: Final = 4 * MIB
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OllamaModel:
+class OllamaModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model of a registry, as of now."""
 
     files: tuple[RemoteFile, ...]

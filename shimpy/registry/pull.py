@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from shimpy.errors import DoesNotFitError, GgufError, OfflineError
 from shimpy.gguf.arch import ModelShape, describe_model
@@ -32,15 +32,13 @@ from shimpy.registry.store import Store
 from shimpy.units import format_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, kw_only=True):
     """Something is done now."""
 
     status: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
+class Planned(msgspec.Struct, frozen=True, kw_only=True):
     """How the model will run here; told before its first byte comes."""
 
     name: ModelName
@@ -228,8 +226,8 @@ class Puller:
         for manifest in self._store.manifests():
             kept = tuple(a for a in manifest.settings.aliases or () if a not in aliases)
             if manifest.model_name != name and kept != (manifest.settings.aliases or ()):
-                settings = msgspec.structs.replace(manifest.settings, aliases=kept or None)
-                self._store.put_manifest(msgspec.structs.replace(manifest, settings=settings))
+                settings = replace(manifest.settings, aliases=kept or None)
+                self._store.put_manifest(replace(manifest, settings=settings))
 
     def _discard(self, digests: dict[str, str]) -> None:
         """Remove files that turned out to be no model, unless one needs them."""
@@ -238,8 +236,7 @@ class Puller:
             self._store.blobs.remove(digest)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Work:
+class _Work(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One pull."""
 
     reference: Reference

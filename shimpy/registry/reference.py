@@ -11,9 +11,10 @@ ollama:[host/][namespace/]name[:tag]         a model of an Ollama registry
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote, urlsplit
+
+import msgspec
 
 from shimpy.errors import InvalidNameError
 from shimpy.names import DEFAULT_TAG, MAX_NAME_CHARS, ModelName, parse_model_name
@@ -35,8 +36,7 @@ _MAX_CHARS: Final = 2048
 _PAGES: Final = frozenset({"blob", "resolve", "raw", "tree"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CatalogReference:
+class CatalogReference(msgspec.Struct, frozen=True, kw_only=True):
     """A name for the catalog to resolve; with the tag `latest` any quantization is meant."""
 
     name: ModelName
@@ -45,8 +45,7 @@ class CatalogReference:
         return str(self.name)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubReference:
+class HubReference(msgspec.Struct, frozen=True, kw_only=True):
     """A model in a repository of the hub."""
 
     # "org/name", in the letters that the hub knows it by.
@@ -66,8 +65,7 @@ class HubReference:
         return f"{text}:{self.quantization}" if self.quantization else text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OllamaReference:
+class OllamaReference(msgspec.Struct, frozen=True, kw_only=True):
     """A model of an Ollama registry."""
 
     host: str = OLLAMA_HOST
@@ -91,8 +89,7 @@ class OllamaReference:
         return f"{OLLAMA}:{scheme}{host}{namespace}{self.name}:{self.tag}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UrlReference:
+class UrlReference(msgspec.Struct, frozen=True, kw_only=True):
     """A GGUF file at an address that the user gave."""
 
     url: str

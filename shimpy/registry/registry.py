@@ -10,9 +10,11 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.errors import GgufError, InvalidNameError, NotFoundError
 from shimpy.gguf.arch import NotAModelError, describe_model
@@ -41,14 +43,13 @@ def no_settings(_name: ModelName) -> ModelSettings:
     return NO_SETTINGS
 
 
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
+class _Snapshot(msgspec.Struct, frozen=True):
     """What a scan came to; replaced as a whole."""
 
     models: tuple[Model, ...] = ()
     problems: tuple[str, ...] = ()
-    by_name: Mapping[ModelName, Model] = field(default_factory=dict)
-    by_alias: Mapping[ModelName, Model] = field(default_factory=dict)
+    by_name: Mapping[ModelName, Model] = msgspec.field(default_factory=dict)
+    by_alias: Mapping[ModelName, Model] = msgspec.field(default_factory=dict)
 
 
 class Registry:
@@ -338,15 +339,16 @@ def _digest(header: Header) -> str:
     return digest.hexdigest()
 
 
-@dataclass(slots=True)
-class _Parts:
+class _Parts(msgspec.Struct):
     """What was found beside the models, by folder."""
 
-    projectors: defaultdict[Path, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    projectors: defaultdict[Path, list[Path]] = msgspec.field(
+        default_factory=lambda: defaultdict(list)
+    )
     # The names of the models in a folder.
-    names: defaultdict[Path, set[str]] = field(default_factory=lambda: defaultdict(set))
+    names: defaultdict[Path, set[str]] = msgspec.field(default_factory=lambda: defaultdict(set))
     # Projectors that can't be read, in words.
-    broken: list[str] = field(default_factory=list)
+    broken: list[str] = msgspec.field(default_factory=list)
 
     def projector_of(self, model: FoundModel) -> Path | None:
         """Return the projector that lies beside a model and belongs to it."""

@@ -11,9 +11,10 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from shimpy.errors import RemoteError
 
@@ -42,8 +43,7 @@ class ShrunkError(TransientError):
     """The file ends before the byte that was asked for: it is another one than before."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Body:
+class Body(msgspec.Struct, frozen=True, kw_only=True):
     """The bytes of a file from `start` on, as they come in."""
 
     # 0 where the server sent the whole file though a part was asked for.
@@ -61,8 +61,7 @@ class Body:
 Opener = Callable[[int, int | None], AbstractContextManager[Body]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteFile:
+class RemoteFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file on a server."""
 
     # Within its repository, with '/'; of a URL the last part.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final, assert_never
 from urllib.parse import urlsplit
+
+import msgspec
 
 from shimpy.errors import NotFoundError, UserError
 from shimpy.names import DEFAULT_TAG, ModelName, name_from_stem, name_part, parse_model_name
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
 _USUAL_HUB: Final = "https://huggingface.co"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A model that could be pulled."""
 
     name: ModelName
@@ -46,8 +46,7 @@ class Candidate:
     settings: ModelSettings = NO_SETTINGS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Source(msgspec.Struct, frozen=True, kw_only=True):
     """What a reference means: one model, or one in several quantizations."""
 
     candidates: tuple[Candidate, ...]
@@ -55,12 +54,11 @@ class Source:
     aliases: tuple[ModelName, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
+class Sources(msgspec.Struct, frozen=True, kw_only=True):
     """Finds what references mean; blocking, over the network."""
 
     catalog: Callable[[], Catalog]
-    web: Web = field(default_factory=Web)
+    web: Web = msgspec.field(default_factory=Web)
 
     def find(self, reference: Reference) -> Source:
         """Return what a reference means.

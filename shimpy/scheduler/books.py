@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from shimpy.errors import ShimpyError
 from shimpy.placement.placement import PlanOptions, Rung
@@ -32,8 +33,7 @@ from shimpy.scheduler.states import (
 _MEAN_WEIGHT = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """The settings that the core keeps to."""
 
     keep_alive_s: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from shimpy.errors import ShimpyError
 from shimpy.placement.placement import Rung
@@ -10,8 +10,7 @@ from shimpy.registry.model import Model
 from shimpy.scheduler.states import Event, EventKind, RequestId, WorkerId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartWorker:
+class StartWorker(msgspec.Struct, frozen=True, kw_only=True):
     """Start a worker and let it load; ends in on_ready, on_load_failed or on_worker_exit."""
 
     worker: WorkerId
@@ -22,8 +21,7 @@ class StartWorker:
     parked_limit: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopWorker:
+class StopWorker(msgspec.Struct, frozen=True, kw_only=True):
     """Stop a worker, by force when it must be; ends in on_worker_exit."""
 
     worker: WorkerId
@@ -32,8 +30,7 @@ class StopWorker:
     is_urgent: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """Give a request its lease."""
 
     request: RequestId
@@ -42,37 +39,32 @@ class Grant:
     load_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reject:
+class Reject(msgspec.Struct, frozen=True, kw_only=True):
     """Tell a waiting request that it will not be served."""
 
     request: RequestId
     error: ShimpyError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SetThreads:
+class SetThreads(msgspec.Struct, frozen=True, kw_only=True):
     """Let a worker use this many threads from its next step on."""
 
     worker: WorkerId
     n_threads: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitParked:
+class LimitParked(msgspec.Struct, frozen=True, kw_only=True):
     """Let a worker park no more than this from its next step on; ends in on_stats."""
 
     worker: WorkerId
     n_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(msgspec.Struct, frozen=True):
     """Take a snapshot of the hardware; ends in on_hardware or on_probe_failed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Note:
+class Note(msgspec.Struct, frozen=True, kw_only=True):
     """Tell the world what happened and why: the log, `ps`, /api/events."""
 
     event: Event

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import replace
 from typing import assert_never
 
-from msgspec.structs import replace as replace_fields
+from msgspec.structs import replace
 
 from shimpy.config import Config
 from shimpy.errors import ShimpyError
@@ -183,7 +182,7 @@ class Executor:
                 self.journal.add(event)
 
         load = load_message(start.model, start.rung, start.n_threads)
-        load = replace_fields(load, parked_cache_bytes=start.parked_limit)
+        load = replace(load, parked_cache_bytes=start.parked_limit)
         task = Task(
             name=name,
             load=with_prefixes(load, start.model, self._config),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 
 class ExitKind(Enum):
@@ -38,8 +39,7 @@ class ExitKind(Enum):
     ENDED = "ended"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerExit:
+class WorkerExit(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's end; `reason` continues the sentence "the worker ..."."""
 
     kind: ExitKind

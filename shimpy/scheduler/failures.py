@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
+
+from msgspec.structs import replace
 
 from shimpy.errors import GgufError, HeldBackError, LoadError, QueueFullError, ShimpyError
 from shimpy.scheduler import policy

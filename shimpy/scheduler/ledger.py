@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Rung
@@ -20,8 +22,7 @@ from shimpy.scheduler.states import Phase, Resident
 HOST = "CPU"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
+class Use(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of one resident, in bytes."""
 
     # Per device, by llama.cpp's name; without the host.

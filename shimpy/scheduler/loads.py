@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from msgspec.structs import replace as replace_fields
+from msgspec.structs import replace
 
 from shimpy.config import Config
 from shimpy.placement.figures import Setup
@@ -35,7 +33,7 @@ def with_defaults(options: PlanOptions, config: Config) -> PlanOptions:
 def load_message(model: Model, rung: Rung, n_threads: int) -> Load:
     """Return the message that loads a model as a rung places it."""
     placement = rung.placement
-    return replace_fields(
+    return replace(
         simulated_load(model, setup_of(placement)),
         load_mode=placement.load_mode,
         n_threads=n_threads,
@@ -46,7 +44,7 @@ def with_prefixes(load: Load, model: Model, config: Config) -> Load:
     """Return the message, with where its worker keeps prefixes beyond its life."""
     if not config.prefix_cache_size or load.embedding:
         return load
-    return replace_fields(
+    return replace(
         load,
         prefix_dir=str(config.prefix_dir),
         prefix_cache_bytes=config.prefix_cache_size,

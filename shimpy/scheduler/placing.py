@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from typing import assert_never
+
+from msgspec.structs import replace
 
 from shimpy.errors import CapacityError, DoesNotFitError, LoadError, UserError
 from shimpy.placement.defaults import N_CTX_LEAST

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
 from operator import itemgetter
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
@@ -65,8 +67,7 @@ def _as_loaded(options: PlanOptions, resident: Resident) -> PlanOptions:
     return options
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
     """What a model is to be loaded with: at least this context, or the default if larger."""
 
     options: PlanOptions

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.placement.hardware import Hardware
 from shimpy.placement.placement import Rung
@@ -177,8 +179,7 @@ def _describe_free(rung: Rung) -> str:
 # --- less memory ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Short:
+class _Short(msgspec.Struct, frozen=True, kw_only=True):
     """A device that other programs have taken memory of."""
 
     name: str

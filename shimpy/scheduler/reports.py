@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.placement.placement import Rung
 from shimpy.protocol.messages import PrefixNews, Ready, Stats
@@ -24,8 +26,7 @@ _US_PER_S = 1e6
 _ASIDES: frozenset[EventKind] = frozenset({"saved", "restored"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidentInfo:
+class ResidentInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A resident as `ps` shows it; times are seconds since the epoch."""
 
     model: Model
@@ -47,8 +48,7 @@ class ResidentInfo:
     stats: Stats | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WaitingInfo:
+class WaitingInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is not resident: requests wait for it, or it is held back after deaths."""
 
     name: str
@@ -61,8 +61,7 @@ class WaitingInfo:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HistoryEvent:
+class HistoryEvent(msgspec.Struct, frozen=True, kw_only=True):
     """A load, unload, eviction or failure, and why; `at_s` in seconds since the epoch."""
 
     kind: EventKind

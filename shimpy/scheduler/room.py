@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import combinations
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.errors import UserError
 from shimpy.placement.hardware import Hardware
@@ -23,8 +25,7 @@ _CHEAP_LOAD_S = 2.0
 _MOST_SHRUNK = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class Start(msgspec.Struct, frozen=True, kw_only=True):
     """It fits: now, or once stopping workers have gone and others gave up what they parked."""
 
     rung: Rung
@@ -32,8 +33,7 @@ class Start:
     must_wait: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shrink:
+class Shrink(msgspec.Struct, frozen=True, kw_only=True):
     """An idle resident that is to be loaded again with its experts in RAM."""
 
     resident: Resident
@@ -42,8 +42,7 @@ class Shrink:
     options: PlanOptions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evict:
+class Evict(msgspec.Struct, frozen=True, kw_only=True):
     """It fits when these idle residents have left, or have become smaller."""
 
     rung: Rung
@@ -51,16 +50,14 @@ class Evict:
     shrinks: tuple[Shrink, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wait:
+class Wait(msgspec.Struct, frozen=True, kw_only=True):
     """It fits only when these residents, some of them busy, have left."""
 
     rung: Rung
     holders: tuple[Resident, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True, kw_only=True):
     """It fits not even with every resident gone that may be made to go."""
 
     reason: str
@@ -69,8 +66,7 @@ class Refuse:
 Room = Start | Evict | Wait | Refuse
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoomSearch:
+class RoomSearch(msgspec.Struct, frozen=True, kw_only=True):
     """What a search for room for one model needs to know."""
 
     # Plans the model on some hardware.

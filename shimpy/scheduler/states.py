@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, NewType
+
+import msgspec
 
 from shimpy.placement.placement import PlanOptions, Rung
 from shimpy.protocol.messages import Ready
@@ -42,8 +43,7 @@ class Phase(Enum):
     STOPPING = "stopping"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One client's wish to use a model; ids rise with arrival, so they are the FIFO order."""
 
     id: RequestId
@@ -54,8 +54,7 @@ class Request:
     arrived_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Purpose:
+class Purpose(msgspec.Struct, frozen=True, kw_only=True):
     """What a model is loaded for."""
 
     # What the request asked for that made it load, and that with the largest n_ctx of anyone.
@@ -65,8 +64,7 @@ class Purpose:
     default_n_ctx: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
+class Move(msgspec.Struct, frozen=True, kw_only=True):
     """A reload of the scheduler's own accord: an idle model is on its way to another placement."""
 
     model: Model
@@ -84,8 +82,7 @@ class Move:
     idle_since_s: float
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Resident:
+class Resident(msgspec.Struct, kw_only=True, eq=False):
     """A model held by a worker, from the decision to start it until it is reaped."""
 
     worker: WorkerId
@@ -100,7 +97,7 @@ class Resident:
     phase: Phase = Phase.LOADING
     ready: Ready | None = None
     ready_s: float | None = None
-    leases: set[RequestId] = field(default_factory=set)
+    leases: set[RequestId] = msgspec.field(default_factory=set)
     # When the last lease ended, or the model got ready.
     idle_since_s: float = 0.0
     # It is loaded of the scheduler's own accord.
@@ -145,8 +142,7 @@ class Resident:
         return n_slots + 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retry:
+class Retry(msgspec.Struct, frozen=True, kw_only=True):
     """A load that ran out of memory and is tried once more, with a lower rung."""
 
     rungs: tuple[Rung, ...]
@@ -154,12 +150,11 @@ class Retry:
     reason: str
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class ModelQueue:
+class ModelQueue(msgspec.Struct, kw_only=True, eq=False):
     """The requests that wait for one model, and what happened to its workers."""
 
     key: str
-    waiting: deque[Request] = field(default_factory=deque)
+    waiting: deque[Request] = msgspec.field(default_factory=deque)
     resident: Resident | None = None
     retry: Retry | None = None
     # It has been stopped, or is being stopped, to be loaded elsewhere.
@@ -203,8 +198,7 @@ EventKind = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that the scheduler did or met, and why."""
 
     kind: EventKind

@@ -10,8 +10,9 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from shimpy.errors import CapacityError, ProtocolError, WorkerDiedError
 from shimpy.logs import get_logger
@@ -61,8 +62,7 @@ _READ_BYTES = 64 * 1024
 _log = get_logger("worker")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deadlines:
+class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
     """How long a worker gets for each thing, in seconds."""
 
     load_s: float = 600.0
@@ -76,8 +76,7 @@ class Deadlines:
     linger_s: float = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class Task(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker is for: the model that it loads, and whom to tell how that went."""
 
     name: str
@@ -86,7 +85,7 @@ class Task:
     on_load_failed: Callable[[LoadFailed], None]
     on_stats: Callable[[Stats], None] = lambda _stats: None
     on_prefix: Callable[[PrefixNews], None] = lambda _news: None
-    deadlines: Deadlines = field(default_factory=Deadlines)
+    deadlines: Deadlines = msgspec.field(default_factory=Deadlines)
 
 
 class Worker:

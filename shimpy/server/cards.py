@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.chat.fim import FimOrder, FimRole
 from shimpy.chat.template import ChatTemplate
@@ -26,8 +28,7 @@ _log = get_logger("registry")
 MAX_CARDS = 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCard:
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """The parts of a model's header that requests need; immutable."""
 
     template: ChatTemplate

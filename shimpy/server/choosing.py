@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from shimpy.errors import InvalidOptionError, NotFoundError, RegistryError
 from shimpy.gguf.arch import ModelShape
@@ -13,8 +14,7 @@ from shimpy.server.services import Services
 _MAX_NAMED = 12
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(msgspec.Struct, frozen=True):
     """What the model has to be able to do; `words` end the sentence "models that ..."."""
 
     words: str

@@ -8,7 +8,6 @@ import sys
 import time
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -25,14 +24,13 @@ from shimpy.server.streaming import encode_json
 MAX_NUMBERS: Final = 16 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbeddingRequest:
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a client wants embedded."""
 
     model: str
     # Texts, or what a client tokenized itself.
     inputs: tuple[str | tuple[int, ...], ...]
-    options: Options = field(default_factory=Options)
+    options: Options = msgspec.field(default_factory=Options)
     keep_alive_s: float | None = None
     # A text over the context is cut; else it is an error.
     truncate: bool = True
@@ -42,8 +40,7 @@ class EmbeddingRequest:
     n_dimensions: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Embeddings:
+class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
     """One vector for each input, in order; times in seconds."""
 
     vectors: tuple[array[float], ...]

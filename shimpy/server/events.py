@@ -1,7 +1,4 @@
-"""What happens in a generation, in no dialect's words: Started, deltas and calls, Finished.
-
-Structs, as they are made for each token: a frozen dataclass takes four times as long to make.
-"""
+"""What happens in a generation, in no dialect's words: Started, deltas and calls, Finished."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from dataclasses import dataclass
 
+import msgspec
 from aiohttp import hdrs, web
 
 from shimpy.errors import RegistryError
@@ -53,8 +53,7 @@ def scope_of(method: str, path: str) -> Scope | None:
     return "manage" if path.startswith("/api/") else "infer"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
+class Gate(msgspec.Struct, frozen=True, kw_only=True):
     """The rule for one daemon; `is_exposed`: other machines can connect, and need a key."""
 
     keys: KeyFile

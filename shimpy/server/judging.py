@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from shimpy.config import Config
 from shimpy.gguf.arch import ModelShape
@@ -13,8 +13,7 @@ from shimpy.registry.choice import Verdict
 from shimpy.scheduler.loads import with_defaults
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanJudge:
+class PlanJudge(msgspec.Struct, frozen=True, kw_only=True):
     """Plans models for one snapshot of the machine."""
 
     # As it is when no model is loaded.

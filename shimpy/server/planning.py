@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from shimpy.placement.explain import PlanReport, plan_to_json
 from shimpy.placement.hardware import suppose
@@ -16,14 +17,13 @@ from shimpy.server.services import Services
 from shimpy.server.settings import plan_options
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Supposition:
+class Supposition(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be other than on this machine; None: nothing."""
 
     # Free bytes of each card; empty: no card.
     vram_bytes: Sequence[int] | None = None
     ram_bytes: int | None = None
-    options: PlanOptions = field(default_factory=PlanOptions)
+    options: PlanOptions = msgspec.field(default_factory=PlanOptions)
 
 
 async def plan_model(

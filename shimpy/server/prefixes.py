@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from shimpy.logs import get_logger
 from shimpy.protocol.prefixes import folder_name
@@ -19,8 +20,7 @@ SWEEP_PERIOD_S = 3600.0
 _log = get_logger("prefixes")
 
 
-@dataclass(frozen=True, slots=True)
-class Swept:
+class Swept(msgspec.Struct, frozen=True):
     """What was removed."""
 
     n_files: int = 0

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 
 import msgspec
+from msgspec.structs import replace
 
 from shimpy.chat.answers import call_answer, json_answer
 from shimpy.chat.fim import fim_prompt
@@ -42,8 +42,7 @@ _SHORT_CHARS = 4000
 _SHORT_MESSAGES = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """What goes to the worker, and what makes sense of its answer."""
 
     # Its `request` is chosen by the lease.
@@ -60,8 +59,8 @@ class Prepared:
         sampling = self.submit.sampling
         if not index or sampling.seed is None:
             return self
-        other = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**32)
-        return replace(self, submit=msgspec.structs.replace(self.submit, sampling=other))
+        other = replace(sampling, seed=(sampling.seed + index) % 2**32)
+        return replace(self, submit=replace(self.submit, sampling=other))
 
 
 def is_short(request: GenerationRequest) -> bool:
@@ -115,8 +114,7 @@ def prepare(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Form:
+class _Form(msgspec.Struct, frozen=True, kw_only=True):
     """A rendered prompt, and what its answer looks like; None: plain text."""
 
     rendered: Rendered

@@ -13,8 +13,9 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from shimpy.errors import QueueFullError, ShimpyError, StoppingError
 from shimpy.logs import get_logger
@@ -36,21 +37,20 @@ _log = get_logger("pulls")
 _Key = tuple[str, bool]
 
 
-@dataclass(eq=False, slots=True)
-class _Pull:
+class _Pull(msgspec.Struct, eq=False):
     """One pull and those who follow it."""
 
     key: _Key
-    stop: Stop = field(default_factory=Stop)
+    stop: Stop = msgspec.field(default_factory=Stop)
     n_followers: int = 0
     manifest: Manifest | None = None
     error: ShimpyError | None = None
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     # By what they are about, with the number under which they were told.
-    _events: dict[str, tuple[int, Event]] = field(default_factory=dict)
+    _events: dict[str, tuple[int, Event]] = msgspec.field(default_factory=dict)
     _n_told: int = 0
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _news: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
 
     def tell(self, event: Event) -> None:
         """Take an event; the next of its kind replaces it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from shimpy.errors import UnsupportedError
 from shimpy.protocol.messages import Between, PromptPart, Text
@@ -18,19 +19,17 @@ from shimpy.server.services import Services
 _PLACES = re.compile(r"(\{query\}|\{document\})")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankingRequest:
+class RankingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Documents to be compared with a query."""
 
     model: str
     query: str
     documents: tuple[str, ...]
-    options: Options = field(default_factory=Options)
+    options: Options = msgspec.field(default_factory=Options)
     keep_alive_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
+class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     """How well each document fits, in their order; higher is better, on the model's own scale."""
 
     scores: tuple[float, ...]

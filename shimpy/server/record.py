@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from shimpy.logs import get_logger
@@ -26,8 +26,7 @@ _DIGITS = 4
 _UNLOGGED = frozenset({"request_id", "on_tokens"})
 
 
-@dataclass(slots=True, kw_only=True)
-class Record:
+class Record(msgspec.Struct, kw_only=True):
     """What is known of one request; None: never learnt. Times in seconds."""
 
     request_id: str
@@ -61,7 +60,7 @@ class Record:
     def fields(self) -> dict[str, Any]:
         """Return what is known, rounded, with the speed of the decode, for the log line."""
         known: dict[str, Any] = {}
-        for name in self.__slots__:
+        for name in self.__struct_fields__:
             value = getattr(self, name)
             if value is not None and name not in _UNLOGGED:
                 known[name] = round(value, _DIGITS) if isinstance(value, float) else value

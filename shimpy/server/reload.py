@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -67,8 +67,7 @@ class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
     needs_restart: list[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reloader:
+class Reloader(msgspec.Struct, frozen=True, kw_only=True):
     """Reads the config again; `load` blocks, and is None where there is nothing to read."""
 
     load: Callable[[], Config] | None = None
@@ -119,7 +118,7 @@ async def _apply(services: Services, config: Config) -> None:
     has_moved = config.model_dirs != services.config.model_dirs
     services.config = config
     set_level(config.log_level)
-    services.guard = replace(services.guard, origins=config.origins)
+    services.guard = msgspec.structs.replace(services.guard, origins=config.origins)
     services.machine.use(
         partial(probe_hardware, reserve_vram=config.reserve_vram, reserve_ram=config.reserve_ram)
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import msgspec
 
 from shimpy.chat.fim import ContextFile
 from shimpy.chat.messages import ChatMessage, ToolSpec
@@ -14,29 +15,25 @@ ThinkLevel = Literal["low", "medium", "high", "max"]
 Think = bool | ThinkLevel | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlainPrompt:
+class PlainPrompt(msgspec.Struct, frozen=True, kw_only=True):
     """Text as the client wrote it, control tokens included; no template."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenPrompt:
+class TokenPrompt(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens as the client gave them: no template, and no start token before them."""
 
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MixedPrompt:
+class MixedPrompt(msgspec.Struct, frozen=True, kw_only=True):
     """Pieces as the client wrote them, text or tokens; a start token only before a text."""
 
     pieces: tuple[str | tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GapPrompt:
+class GapPrompt(msgspec.Struct, frozen=True, kw_only=True):
     """Text before and after a gap that the model fills by its own fill-in-the-middle tokens.
 
     What does not fit the context is cut: of `context` first, from its beginning.
@@ -50,8 +47,7 @@ class GapPrompt:
     context: tuple[ContextFile, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolChoice:
+class ToolChoice(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the model may, must or must not call the tools that it is offered."""
 
     mode: Literal["auto", "none", "required"] = "auto"
@@ -61,8 +57,7 @@ class ToolChoice:
     allows_several: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatPrompt:
+class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True):
     """A conversation, rendered by the model's template, or by the request's own."""
 
     messages: tuple[ChatMessage, ...]
@@ -75,7 +70,7 @@ class ChatPrompt:
     # Jinja.
     template: str | None = None
     # More values for the template, as llama.cpp's chat_template_kwargs.
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = msgspec.field(default_factory=dict)
     # A single prompt: a model without a template gets it as it is, and one that is set to.
     is_one_turn: bool = False
     is_raw: bool = False
@@ -89,13 +84,12 @@ class ChatPrompt:
 Prompt = PlainPrompt | TokenPrompt | MixedPrompt | GapPrompt | ChatPrompt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a client wants, in no dialect."""
 
     model: str
     prompt: Prompt
-    options: Options = field(default_factory=Options)
+    options: Options = msgspec.field(default_factory=Options)
     # "json", a JSON schema, or None for free text.
     output_format: Literal["json"] | Mapping[str, Any] | None = None
     # GBNF that the whole answer follows; it wins over `output_format` and the tools.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
+import msgspec
 from aiohttp import web
 
 from shimpy.config import Config
@@ -24,17 +24,16 @@ from shimpy.server.pulls import Pulls
 from shimpy.server.reload import Reloader
 
 
-@dataclass(slots=True)
-class Lifecycle:
+class Lifecycle(msgspec.Struct):
     """Which requests run, and whether the daemon is going down."""
 
     is_stopping: bool = False
     # Set when the daemon begins to stop: those that only wait for their client end then.
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    stopping: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     # Requests that have come since the start.
     n_begun: int = 0
-    _running: set[asyncio.Task[object]] = field(default_factory=set)
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _running: set[asyncio.Task[object]] = msgspec.field(default_factory=set)
+    _idle: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
 
     @property
     def n_running(self) -> int:
@@ -73,8 +72,7 @@ class Lifecycle:
         return len(self._running)
 
 
-@dataclass(slots=True, kw_only=True)
-class Services:
+class Services(msgspec.Struct, kw_only=True):
     """Everything that a handler may need; all of it belongs to the event loop's thread.
 
     A reload puts new frozen values (the config, the guard) in place of the old ones.
@@ -92,8 +90,8 @@ class Services:
     gate: Gate
     lifecycle: Lifecycle
     metrics: Metrics
-    reloader: Reloader = field(default_factory=Reloader)
-    responses: ResponseStore = field(default_factory=ResponseStore)
+    reloader: Reloader = msgspec.field(default_factory=Reloader)
+    responses: ResponseStore = msgspec.field(default_factory=ResponseStore)
 
 
 SERVICES = web.AppKey("services", Services)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -36,8 +35,7 @@ _PING = b": ping\n\n"
 encode_json = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamForm:
+class StreamForm(msgspec.Struct, frozen=True, kw_only=True):
     """How a dialect streams: its content type and what an error looks like inside a stream."""
 
     content_type: str

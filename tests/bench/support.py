@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from shimpy.bench.candidates import Candidate
 from shimpy.bench.report import Report

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from shimpy.bench.candidates import Selection, Wanted, limit_vram, select_candidates
 from shimpy.errors import DoesNotFitError, UserError

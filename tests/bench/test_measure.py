@@ -7,11 +7,11 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from shimpy.bench.candidates import Candidate, Wanted, select_candidates
 from shimpy.bench.keep import keep_speeds

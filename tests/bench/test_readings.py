@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from msgspec.structs import replace
 
 from shimpy.bench.readings import Readings
 from shimpy.placement.cards import CardSources

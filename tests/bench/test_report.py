@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from shimpy.bench import plot
 from shimpy.bench.report import (

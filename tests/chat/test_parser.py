@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from shimpy.chat.events import ContentDelta, OutputEvent, ThinkingDelta, merge
 from shimpy.chat.formats import (

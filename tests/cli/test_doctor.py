@@ -52,7 +52,7 @@ def test_a_closed_folder_is_found_as_its_user(
     (models / "a.gguf").touch()
     (tmp_path / closed).chmod(mode)
     script = (
-        "import sys, os; from pathlib import Path; from dataclasses import asdict; import json\n"
+        "import sys, os, json; from pathlib import Path; from msgspec.structs import asdict\n"
         "from shimpy.cli.checks import check_folder\n"
         f"os.setgid({NOBODY}); os.setuid({NOBODY})\n"
         f"print(json.dumps(asdict(check_folder(Path({str(models)!r}), 'nobody'))))"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import ssl
@@ -38,8 +39,10 @@ def test_all_is_as_before_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "rich", raising=False)
     before = ssl.SSLContext.set_default_verify_paths
     with quick_imports():
+        assert not gc.isenabled()
         assert ssl.SSLContext.set_default_verify_paths is not before
         with pytest.raises(ImportError):
             importlib.import_module("rich")
+    assert gc.isenabled()
     assert ssl.SSLContext.set_default_verify_paths is before
     assert sys.modules.get("rich", ssl) is not None

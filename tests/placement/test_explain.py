@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from shimpy.placement.explain import plan_lines, plan_report, plan_to_json
 from shimpy.placement.hardware import Hardware, UnusableGpu, suppose

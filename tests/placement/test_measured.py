@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from shimpy.gguf.arch import ModelShape
 from shimpy.placement.hardware import Hardware
@@ -65,7 +63,7 @@ def test_a_gain_within_the_noise_changes_nothing() -> None:
     assert n_in_ram(plan) == LADDER
     faster = speed_at(LADDER + 2, 70)
     assert n_in_ram(planned(speed_at(LADDER, 60), faster)) == LADDER + 2
-    noisy = msgspec.structs.replace(faster, noise=0.2)
+    noisy = replace(faster, noise=0.2)
     assert n_in_ram(planned(speed_at(LADDER, 60), noisy)) == LADDER
     assert plan.reason.startswith("measured: 60 tok/s")
 
@@ -121,7 +119,7 @@ def test_on_a_cpu_attention_and_micro_batch_are_chosen() -> None:
     usual = plan_model(MOE, alone).chosen
     assert usual is not None
     spot = spot_of(usual.placement)
-    other = msgspec.structs.replace(spot, flash_attn=not spot.flash_attn, n_ubatch=128)
+    other = replace(spot, flash_attn=not spot.flash_attn, n_ubatch=128)
     speeds = [
         Speed(spot=spot, prefill_per_s=100, decode_per_s=10),
         Speed(spot=other, prefill_per_s=100, decode_per_s=15),
@@ -134,7 +132,7 @@ def test_on_a_cpu_attention_and_micro_batch_are_chosen() -> None:
 
 
 def test_another_precision_of_the_cache_is_nobodys_choice() -> None:
-    spot = msgspec.structs.replace(speed_at(LADDER + 2, 1).spot, kv_type="q8_0")
+    spot = replace(speed_at(LADDER + 2, 1).spot, kv_type="q8_0")
     fast = Speed(spot=spot, prefill_per_s=9000, decode_per_s=900)
     assert n_in_ram(planned(speed_at(LADDER, 50), fast)) == LADDER
     asked = PlanOptions(kv_type="q8_0")

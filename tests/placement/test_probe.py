@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from shimpy.errors import WorkerError
 from shimpy.placement.cards import Card, CardSources, pci_id, probe_cards, visible_nvidia

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from shimpy.bench.keep import MAX_SPEEDS, merge_speeds
 from shimpy.placement import speeds as module
@@ -134,13 +134,13 @@ def test_an_unknown_processor_and_library_have_names(monkeypatch: pytest.MonkeyP
 def test_new_speeds_replace_old_ones_of_the_same_placement_and_the_oldest_go() -> None:
     old = [
         Speed(
-            spot=msgspec.structs.replace(a_speed().spot, n_ubatch=n),
+            spot=replace(a_speed().spot, n_ubatch=n),
             prefill_per_s=1,
             decode_per_s=1,
         )
         for n in range(MAX_SPEEDS)
     ]
-    new = [msgspec.structs.replace(old[3], decode_per_s=2), a_speed(n_ubatch=512)]
+    new = [replace(old[3], decode_per_s=2), a_speed(n_ubatch=512)]
     merged = merge_speeds(new, old)
     assert len(merged) == MAX_SPEEDS
     assert merged[:2] == tuple(new)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from shimpy.gguf.arch import LayerShape, ModelShape
 from shimpy.names import parse_model_name

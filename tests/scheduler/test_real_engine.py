@@ -8,11 +8,10 @@ import os
 import shutil
 import signal
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace as replace_fields
+from msgspec.structs import replace
 
 from shimpy.config import Config
 from shimpy.errors import LoadError, WorkerDiedError
@@ -185,7 +184,7 @@ async def test_parked_caches_give_way_to_a_load(chain_model: Path, llama_model: 
     """
     talker, other = model_at(llama_model), model_at(chain_model)
     long, next_one = (
-        replace_fields(SUBMIT, prompt=[Text(text * 20)], n_predict=1)
+        replace(SUBMIT, prompt=[Text(text * 20)], n_predict=1)
         for text in ("Once upon a time. ", "There was a fox. ")
     )
     plenty = make_hardware(ram_mib=4000)

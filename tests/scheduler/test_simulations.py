@@ -6,13 +6,13 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec.structs import replace as replace_fields
+from msgspec.structs import replace
 
 from shimpy.config import Config
 from shimpy.gguf.arch import ModelShape
@@ -393,7 +393,7 @@ def test_what_is_simulated_is_what_is_loaded(shape: ModelShape, hardware: Hardwa
     assert real.n_threads == 3
     assert real.load_mode == plan.chosen.placement.load_mode
     same = {name: getattr(real, name) for name in ("load_mode", "n_threads")}
-    assert replace_fields(simulated, **same) == real
+    assert replace(simulated, **same) == real
 
 
 def test_zero_is_a_figure() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from shimpy.errors import UserError
 from shimpy.keys import KeyFile
@@ -68,7 +68,7 @@ async def test_a_revoked_key_is_shut_out_at_once(app: Running) -> None:
 
 async def test_the_last_key_does_not_open_an_exposed_daemon(tmp_path: Path) -> None:
     async with running_app(tmp_path, tmp_path, engine_argv=FAKE_ENGINE) as app:
-        app.services.gate = dataclasses.replace(app.services.gate, is_exposed=True)
+        app.services.gate = replace(app.services.gate, is_exposed=True)
         assert (await get(app)).status_code == 401
 
 

@@ -10,7 +10,8 @@ import ctypes
 import os
 import re
 from collections import deque
-from dataclasses import dataclass
+
+import msgspec
 
 from shimpy.engine.llama.library import LL
 
@@ -23,8 +24,7 @@ _OVERRIDDEN = " buffer type overridden to "
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|RS|compute) buffer size =\s*([\d.]+) MiB")
 
 
-@dataclass(frozen=True, slots=True)
-class BufferLine:
+class BufferLine(msgspec.Struct, frozen=True):
     """A buffer that llama.cpp said it allocated."""
 
     buffer_type: str

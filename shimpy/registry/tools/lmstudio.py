@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
+
+from msgspec.structs import replace
 
 from shimpy.names import ModelName, name_from_stem, name_part
 from shimpy.registry.discovery import FoundModel, Scan, scan_folders

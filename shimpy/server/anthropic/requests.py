@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 import msgspec
+from msgspec.structs import replace
 
 from shimpy.chat.messages import ChatMessage, ToolSpec
 from shimpy.errors import InvalidOptionError
@@ -41,8 +41,7 @@ _THINKING_TYPES = ("enabled", "adaptive", "between_tools", "disabled")
 _CHOICES = ("auto", "any", "tool", "none")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What a client asks for, and how it wants the answer."""
 
     generation: GenerationRequest
@@ -65,7 +64,7 @@ def parse_messages(body: MessagesBody) -> Asked:
     if body.max_tokens < 0:
         raise InvalidOptionError('"max_tokens" must be at least 0', option="max_tokens")
     generation = parse_prompt(body)
-    options = msgspec.structs.replace(generation.options, n_predict=body.max_tokens)
+    options = replace(generation.options, n_predict=body.max_tokens)
     return Asked(
         generation=replace(generation, options=options),
         stream=bool(body.stream),

@@ -6,11 +6,10 @@ llama.cpp, tools/server/server-context.cpp, process_token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Where an answer is cut; both count from its first new line on."""
 
     # Spaces and tabs that each further line has to begin with.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from shimpy.chat.fim import ContextFile
 from shimpy.errors import InvalidOptionError
@@ -32,8 +32,7 @@ _MAX_PROMPTS = 2048
 _AS_IS, _EUCLIDEAN = -1, 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What a request for text asks for, and how it wants the answer."""
 
     # One for each prompt.
@@ -59,7 +58,7 @@ class Asked:
         changed = tuple(
             replace(
                 one,
-                options=msgspec.structs.replace(
+                options=replace(
                     one.options, logit_bias={**(one.options.logit_bias or {}), **biases}
                 ),
             )

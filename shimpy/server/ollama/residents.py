@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import msgspec
+from msgspec.structs import fields
 
 from shimpy.placement.explain import figures_word
 from shimpy.placement.placement import DeviceUse, HostUse, Rung

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -59,8 +58,7 @@ class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
     usage: Usage | UnsetType | None = UNSET
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class Head(msgspec.Struct, frozen=True, kw_only=True):
     """What all chunks of one answer have in common."""
 
     id: str

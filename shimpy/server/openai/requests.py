@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from shimpy.errors import InvalidOptionError, UserError
 from shimpy.server.embedding import EmbeddingRequest
@@ -31,8 +32,7 @@ MAX_INPUTS = 2048
 _MAX_TOKEN = 2**31
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completions:
+class Completions(msgspec.Struct, frozen=True, kw_only=True):
     """What a request for text asks for: `n` answers to each prompt."""
 
     requests: tuple[GenerationRequest, ...]

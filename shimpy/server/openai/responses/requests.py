@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from shimpy.chat.messages import ChatMessage, ToolCall
 from shimpy.errors import InvalidOptionError, UnsupportedError
@@ -35,8 +37,7 @@ from shimpy.server.requests import ChatPrompt, GenerationRequest
 _LOGPROBS = "message.output_text.logprobs"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskedResponse:
+class AskedResponse(msgspec.Struct, frozen=True, kw_only=True):
     """What a request asks for."""
 
     request: GenerationRequest

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+
+import msgspec
 
 from shimpy.chat.messages import ChatMessage
 from shimpy.errors import InvalidOptionError
@@ -14,8 +15,7 @@ MAX_RESPONSES = 1024
 MAX_CHARS = 16 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredResponse:
+class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
     """A finished response, and the conversation up to its end without the instructions."""
 
     response: Response
