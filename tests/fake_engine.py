@@ -106,7 +106,7 @@ class FakeEngine:
 
     def run(self) -> None:
         version = int(os.environ.get("FAKE_ENGINE_VERSION", PROTOCOL_VERSION))
-        self._send(Hello(version=version, pid=os.getpid(), llama_cpp="fake"))
+        self._send(Hello(version))
         decoder = worker_decoder()
         while data := self._channel.recv(65536):
             for message in decoder.feed(data):

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Protocol
 
 import msgspec
@@ -115,7 +114,7 @@ def serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
 def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
     intake = Intake(send=channel.send, clock=time.monotonic)
     _take_signals(intake)
-    channel.send(Hello(PROTOCOL_VERSION, os.getpid(), version("llama-cpp-python")))
+    channel.send(Hello(PROTOCOL_VERSION))
     open_backend = prepare()
     messages = channel.receive()
     load = next(messages, None)

@@ -245,8 +245,6 @@ class Hello(_Message, frozen=True):
     """The worker is up and waits for Load."""
 
     version: int
-    pid: int
-    llama_cpp: str
 
 
 class Loading(_Message, frozen=True):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import os
+import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -62,7 +64,16 @@ def bind_quick(name: str, result: Any, *arguments: Any) -> Any:
 
 def version() -> str:
     """Return the version of llama-cpp-python and of the llama.cpp in it."""
-    # 15 ms that only `--devices` and Hello need.
-    import importlib.metadata
+    return f"{_bindings_version()} ({LL.llama_version().decode()})"
 
-    return f"{importlib.metadata.version('llama-cpp-python')} ({LL.llama_version().decode()})"
+
+def _bindings_version() -> str:
+    """Return the package's `__version__`, which is not imported.
+
+    importlib.metadata would know it too, after 15 ms of imports that each load would wait for.
+    """
+    text = Path(LL.__file__).with_name("__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"llama_cpp's package beside {LL.__file__} does not say its version")
+    return found[1]
