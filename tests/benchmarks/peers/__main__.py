@@ -158,7 +158,8 @@ class _Measure:
                 if name in needed or (name == "bare" and not setup.embeds):
                     _say(f"{model}: {name} starts")
                     contender = stack.enter_context(start(name, setup, self._place.peers_python))
-                    asyncio.run(warm_up(contender, embeds=setup.embeds))
+                    warming = warm_up(contender, n_slots=setup.n_slots, embeds=setup.embeds)
+                    asyncio.run(warming)
                     contenders[name] = contender
             yield contenders
 

@@ -260,18 +260,26 @@ def embeddings(model: str) -> Scenario:
     )
 
 
-async def warm_up(contender: Contender, *, embeds: bool) -> None:
-    """Let a contender load its model and meet its first request."""
+async def warm_up(contender: Contender, *, n_slots: int, embeds: bool = False) -> None:
+    """Let a contender load its model and use each of its slots once.
+
+    A slot's first batch takes longer where a cache takes its memory as it is used: a few rounds
+    would tell of that, and not of what comes after.
+    """
+    prompts = [f"{index} times upon a time" for index in range(n_slots)]
     if isinstance(contender, BareLoop):
-        contender.ask(do="generate", prompts=["Once upon a time"], n_predict=4)
+        contender.ask(do="generate", prompts=prompts, n_predict=4)
         return
     async with client.connect() as http:
         if embeds:
-            body: dict[str, Any] = {"model": contender.model, "input": ["one", "two"]}
-            await client.post(http, f"{contender.url}/v1/embeddings", body)
+            wanted = {"model": contender.model, "input": ["one", "two"]}
+            await client.post(http, f"{contender.url}/v1/embeddings", wanted)
             return
-        body = _body(contender, "Once upon a time", 4) | {"stream": False}
-        await client.post(http, f"{contender.url}/v1/completions", body)
+        url = f"{contender.url}/v1/completions"
+        bodies = [_body(contender, prompt, 4) | {"stream": False} for prompt in prompts]
+        # One loads the model, and all at once are in as many slots.
+        await client.post(http, url, bodies[0])
+        await asyncio.gather(*(client.post(http, url, body) for body in bodies))
 
 
 async def _answer_all(contender: Contender, prompts: Sequence[str], n_predict: int) -> Metrics:
