@@ -158,8 +158,7 @@ class _Measure:
                 if name in needed or (name == "bare" and not setup.embeds):
                     _say(f"{model}: {name} starts")
                     contender = stack.enter_context(start(name, setup, self._place.peers_python))
-                    warming = warm_up(contender, n_slots=setup.n_slots, embeds=setup.embeds)
-                    asyncio.run(warming)
+                    asyncio.run(warm_up(contender, setup))
                     contenders[name] = contender
             yield contenders
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.peers import client
-from tests.benchmarks.peers.contenders import BareLoop, Contender, Server, cpu_s, echo
+from tests.benchmarks.peers.contenders import BareLoop, Contender, Server, Setup, cpu_s, echo
 from tests.benchmarks.peers.targets import NOISE, Target, at_least, at_most, of_streams
 
 Metrics = dict[str, float]
@@ -260,25 +260,24 @@ def embeddings(model: str) -> Scenario:
     )
 
 
-async def warm_up(contender: Contender, *, n_slots: int, embeds: bool = False) -> None:
+async def warm_up(contender: Contender, setup: Setup) -> None:
     """Let a contender load its model and use each of its slots once.
 
     A slot's first batch takes longer where a cache takes its memory as it is used: a few rounds
     would tell of that, and not of what comes after.
     """
-    prompts = [f"{index} times upon a time" for index in range(n_slots)]
+    prompts = [f"{index} times upon a time" for index in range(setup.n_slots)]
     if isinstance(contender, BareLoop):
         contender.ask(do="generate", prompts=prompts, n_predict=4)
         return
     async with client.connect() as http:
-        if embeds:
+        if setup.embeds:
             wanted = {"model": contender.model, "input": ["one", "two"]}
             await client.post(http, f"{contender.url}/v1/embeddings", wanted)
             return
         url = f"{contender.url}/v1/completions"
         bodies = [_body(contender, prompt, 4) | {"stream": False} for prompt in prompts]
-        # One loads the model, and all at once are in as many slots.
-        await client.post(http, url, bodies[0])
+        # All at once are in as many slots.
         await asyncio.gather(*(client.post(http, url, body) for body in bodies))
 
 

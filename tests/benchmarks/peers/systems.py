@@ -80,7 +80,7 @@ def footprint(name: str, place: Place) -> Metrics:
         metrics = {}
         if name == "shimpy":
             metrics["daemon_mib"] = server.process.memory_info().rss / MIB
-        asyncio.run(warm_up(server, n_slots=setup.n_slots))
+        asyncio.run(warm_up(server, setup))
         processes = server.process.children(recursive=True) or [server.process]
         worker = max(processes, key=lambda process: process.memory_info().rss)
         metrics["worker_mib"] = (worker.memory_info().rss - _mapped(worker, setup.path)) / MIB

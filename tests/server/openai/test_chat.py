@@ -143,6 +143,7 @@ async def test_seeded_choices_differ_and_repeat(app: Running) -> None:
         assert half > 3
         return text[:half] == other[:half]
 
+    assert len(set(first)) == 3
     assert all(map(is_alike, first, again))
     assert is_alike(first[1], second["choices"][0]["message"]["content"])
     assert not is_alike(first[0], first[1])
