@@ -433,7 +433,7 @@ class Batcher:
             sequences += [sequence for sequence, _ in prompts]
             chunks += [_chunk(sequence, n) for sequence, n in prompts]
             n_prefill = sum(n for _, n in prompts)
-        depth = self._depth(chunks)
+        depth = self._depth(chunks) if n_prefill else 0
         return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, depth, part, n_streams)
 
     def _share_out(self, prefilling: list[Sequence], n_tokens: int, now: float) -> Shares:

@@ -278,9 +278,10 @@ class Engine:
     def _sample(self, batch: Batch, now: float) -> None:
         """Draw a token for each output; who waits for a first one is told before the others."""
         texts: list[Sequence] = []
-        outputs = zip(batch.sequences, batch.chunks, strict=True)
-        rows = list(enumerate(sequence for sequence, chunk in outputs if chunk.wants_logits))
+        rows = list(enumerate(batch.sequences))
         if batch.n_prefill:
+            outputs = zip(batch.sequences, batch.chunks, strict=True)
+            rows = list(enumerate(sequence for sequence, chunk in outputs if chunk.wants_logits))
             later = [row for row in rows if row[1].n_generated]
             for row, sequence in rows:
                 if not sequence.n_generated:
@@ -294,10 +295,11 @@ class Engine:
             self._embed(group)
 
     def _draw(self, row: int, sequence: Sequence, texts: list[Sequence], now: float) -> None:
-        if sequence in self._texts:
+        generation = self._generations.get(sequence.request)
+        if generation is None:
+            # Of a text to embed.
             texts.append(sequence)
             return
-        generation = self._generations[sequence.request]
         try:
             self._advance(generation, row, now)
         except Exception as error:  # noqa: BLE001 - one request's boundary

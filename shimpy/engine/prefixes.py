@@ -189,7 +189,8 @@ class SavedPrefixes:
         """Whether a state serves for these tokens, or is cut to nearly all of them."""
         if self.whole:
             return state.tokens == tokens
-        return len(tokens) - common_prefix(state.tokens, tokens) < state.min_gain
+        n_least = max(0, len(tokens) - state.min_gain + 1)
+        return state.tokens[:n_least] == tokens[:n_least]
 
 
 def _rank(prefix: SavedPrefix, n_common: int) -> tuple[int, bool, int]:

@@ -59,6 +59,8 @@ class Slots:
         self.is_unsettled = False
         # Batches of more than one sequence, whose cells lie mixed.
         self.n_mixed = 0
+        # A slot was taken or left since gather() last looked.
+        self._is_stirred = False
 
     @property
     def n(self) -> int:
@@ -183,6 +185,7 @@ class Slots:
         assert slot is not None
         self._tick += 1
         slot.sequence = None
+        self._is_stirred = True
         slot.tokens = sequence.tokens[: sequence.n_kv]
         slot.n_prompt = min(sequence.n_prompt, sequence.n_kv)
         slot.last_used = self._tick
@@ -217,10 +220,10 @@ class Slots:
         Not right behind a shift, which llama.cpp carries out with the next batch: what is moved
         before would never be shifted.
         """
-        running = [slot.id for slot in self._slots if slot.sequence is not None]
-        are_neighbours = not running or running[-1] - running[0] == len(running) - 1
-        if are_neighbours or any(isinstance(op, KvShift) for op in self._ops):
+        if not self._is_stirred or any(isinstance(op, KvShift) for op in self._ops):
             return
+        self._is_stirred = False
+        running = [slot.id for slot in self._slots if slot.sequence is not None]
         n_tokens = [_n_held(slot) for slot in self._slots]
         for first, second in exchanges(n_tokens, running):
             self._exchange(self._slots[first], self._slots[second])
@@ -395,6 +398,7 @@ class Slots:
 
     def _occupy(self, slot: Slot, sequence: Sequence) -> None:
         slot.sequence = sequence
+        self._is_stirred = True
         slot.tokens = []
         sequence.slot = slot
         slot.n_mixed_before = self.n_mixed

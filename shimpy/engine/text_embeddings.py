@@ -48,9 +48,6 @@ class TextEmbeddings:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._running
-
     def add(self, work: Inputs) -> None:
         """Queue a request of one input or more."""
         self._jobs.append(_Job(work))
