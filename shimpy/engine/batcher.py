@@ -1,32 +1,27 @@
 """Decides which tokens run in the next decode: continuous batching over slots.
 
-A sequence waits in a queue, runs in a slot, and leaves. While it runs it has tokens that are
-not in the KV cache yet: many during prefill, one (the last sampled) from then on. Each batch
-holds that one token of every sequence that generates, and as many prefill tokens beside them
-as keep the batch short.
+A sequence waits in a queue (`admission`), runs in a slot, and leaves. While it runs it has tokens
+that are not in the KV cache yet: many during prefill, one (the last sampled) from then on. Each
+batch holds that one token of every sequence that generates, and as many prefill tokens beside
+them as keep the batch short.
 
-Admission is first come, first served, and the running sequences are in order of arrival too.
+The running sequences are in order of arrival.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import islice
-
 import msgspec
 
+from shimpy.engine.admission import Admission, Restore
 from shimpy.engine.backend import Chunk
 from shimpy.engine.halving import Halving, Part
 from shimpy.engine.pace import Pace
 from shimpy.engine.parker import Park, Parker
-from shimpy.engine.prefixes import Save, SavedPrefix, SavedPrefixes
+from shimpy.engine.prefixes import Save, SavedPrefixes
 from shimpy.engine.sequence import KvOp, Match, Sequence, slot_of
 from shimpy.engine.shares import Shares, share_alone, share_out
 from shimpy.engine.slots import Slots
 from shimpy.engine.turns import Turns
-
-# Room for this many new tokens is wanted before a sequence is admitted.
-MARGIN = 64
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -42,14 +37,6 @@ class Batch(msgspec.Struct, frozen=True):
     # Of a step without any: whether it is all of it, and how many streams that has.
     part: Part = "whole"
     n_streams: int = 0
-
-
-class Restore(msgspec.Struct, frozen=True):
-    """Instead of a batch: restore a saved prefix into an empty slot, after the KV operations."""
-
-    ops: list[KvOp]
-    slot: int
-    prefix: SavedPrefix
 
 
 class Batcher:
@@ -94,15 +81,18 @@ class Batcher:
         self._parker = None
         if can_park:
             self._parker = Parker(self._slots, self._saved, attends_idle=attends_idle)
-        self._waiting: deque[Sequence] = deque()
+        self._admission = Admission(
+            self._slots,
+            self._saved,
+            self._parker,
+            n_ctx=n_ctx,
+            n_ctx_seq=n_ctx_seq,
+            attends_idle=attends_idle,
+        )
         self._running: list[Sequence] = []
         self._full: list[Sequence] = []
         self._n_submitted = 0
         self._is_read = True
-        # The head of the queue did not fit; nothing has left since.
-        self._is_blocked = False
-        # Streams get a batch between two.
-        self._may_restore = True
         # Prompts and streams have batches in turn, and of prompts the oldest and the shortest.
         self._is_prompts_turn = self._is_oldests_turn = False
 
@@ -114,7 +104,7 @@ class Batcher:
     @property
     def n_waiting(self) -> int:
         """Sequences in the queue."""
-        return len(self._waiting)
+        return len(self._admission)
 
     @property
     def n_kv_used(self) -> int:
@@ -133,7 +123,7 @@ class Batcher:
         if sequence.n_keep is not None:
             n_keep = sequence.n_prompt if sequence.n_keep < 0 else sequence.n_keep
             sequence.n_keep = min(n_keep, self._n_ctx_seq // 2)
-        self._waiting.append(sequence)
+        self._admission.add(sequence)
 
     def on_decoded(self, batch: Batch) -> None:
         """Note that a batch is in the KV cache."""
@@ -196,15 +186,15 @@ class Batcher:
     def on_parked(self, park: Park, elapsed_s: float, *, is_kept: bool) -> None:
         """Note whether a cache was copied, and how long that took."""
         assert self._parker is not None, "nothing may be copied"
-        is_waited_for = bool(self._running or self._waiting)
+        is_waited_for = bool(self._running or self._admission)
         self._parker.on_copied(park, elapsed_s if is_waited_for else 0.0, is_kept=is_kept)
 
     def finish(self, sequence: Sequence, *, keep_kv: bool = True) -> None:
         """Take a sequence out, wherever it is; its KV stays for later prompts."""
-        self._is_blocked = False
         if sequence.slot is None:
-            self._waiting.remove(sequence)
+            self._admission.remove(sequence)
             return
+        self._admission.on_left()
         self._running.remove(sequence)
         if sequence in self._full:
             self._full.remove(sequence)
@@ -230,7 +220,7 @@ class Batcher:
     @property
     def may_copy(self) -> bool:
         """Whether nothing runs, and there may be something to copy to RAM."""
-        is_quiet = not self._running and not self._waiting
+        is_quiet = not self._running and not self._admission
         return is_quiet and self._parker is not None and self._parker.has_some
 
     def next_copy(self) -> Park | None:
@@ -248,11 +238,11 @@ class Batcher:
         # In this order: a leader's tokens must not move before its followers share them.
         self._attach_followers()
         self._shift_full()
-        before = self._copy_beside() or self._admit(now)
+        before = self._copy_beside() or self._admission.admit(self._running, now)
         if before is not None:
             return before
         if self._parker is not None and self._running and self._parker.is_costly:
-            self._parker.drop_spare(self._soon())
+            self._parker.drop_spare(self._admission.soon)
         while self._running:
             generating, prefilling = self._ready()
             if prefilling and self._turns is not None:
@@ -267,11 +257,7 @@ class Batcher:
     def _copy_beside(self) -> Park | None:
         if self._parker is None or not self._parker.is_costly:
             return None
-        return self._parker.next_beside(self._running, self._soon())
-
-    def _soon(self) -> list[Sequence]:
-        """Return those in the queue that get a slot next, as far as there are slots."""
-        return list(islice(self._waiting, self._slots.n))
+        return self._parker.next_beside(self._running, self._admission.soon)
 
     def _attach_followers(self) -> None:
         for sequence in self._running:
@@ -291,77 +277,6 @@ class Batcher:
             assert sequence.n_keep is not None
             self._slots.shift(sequence, sequence.n_keep)
         self._full.clear()
-
-    def _admit(self, now: float) -> Restore | Park | None:
-        """Give slots to those that wait; the next in the queue may want a prefix restored first.
-
-        Or the slot that it gets has to be copied before.
-        """
-        while self._waiting and not self._is_blocked and self._slots.has_idle:
-            sequence = self._waiting[0]
-            match = self._slots.best_match(sequence)
-            prefix = self._find_saved(sequence, match)
-            if prefix is not None:
-                if self._running and not self._may_restore:
-                    return None
-                return self._copy_emptied(match, for_restore=True) or self._plan_restore(
-                    sequence, match, prefix
-                )
-            if not self._fits(sequence, match):
-                self._is_blocked = True
-                return None
-            if (park := self._copy_emptied(match)) is not None:
-                return park
-            self._waiting.popleft()
-            self._slots.place(sequence, match)
-            self._running.append(sequence)
-            if self._attends_idle and (self._parker is None or self._slots.has_refused):
-                self._slots.thin_idle()
-            if sequence.admitted_s is None:
-                sequence.admitted_s = now
-        return None
-
-    def _copy_emptied(self, match: Match, *, for_restore: bool = False) -> Park | None:
-        """Return the copy to make of what the slot holds that the next in the queue will get."""
-        if self._parker is None:
-            return None
-        emptied = self._slots.next_emptied(match, for_restore=for_restore)
-        return self._parker.next_emptied(emptied, self._running, self._soon())
-
-    def _find_saved(self, sequence: Sequence, match: Match) -> SavedPrefix | None:
-        """Look among what is saved for more of a prompt than any slot holds, or will hold.
-
-        Once for each sequence: what can't be restored then is computed.
-        """
-        if sequence.is_sought or not sequence.reuse or not self._saved:
-            return None
-        best = self._saved.best(sequence.tokens, max(match.n_now, match.n_soon))
-        if best is None:
-            return None
-        prefix, _ = best
-        # It is held whole until the sequence has taken its part; the rest gives way then.
-        n_most = min(self._n_ctx_seq, self._n_ctx - self._slots.n_cells_busy())
-        has_room = len(prefix.tokens) <= n_most
-        return prefix if has_room and self._fits(sequence, Match()) else None
-
-    def _plan_restore(self, sequence: Sequence, match: Match, prefix: SavedPrefix) -> Restore:
-        sequence.is_sought = True
-        self._may_restore = False
-        slot = self._slots.make_way(match, len(prefix.tokens))
-        return Restore(self._slots.take_ops(), slot, prefix)
-
-    def _fits(self, sequence: Sequence, match: Match) -> bool:
-        """Whether a sequence's prompt and a margin fit beside all that runs.
-
-        Idle caches do not count: they give way. Alone, or with cells of its own, a sequence
-        always fits.
-        """
-        if not self._running or not self._slots.kv_unified:
-            return True
-        n_left = sequence.n_predict - sequence.n_generated
-        n_need = len(sequence.tokens) - match.n_from_busy + min(MARGIN, n_left)
-        n_promised = sum(s.n_pending - (s.n_shared if s.leader else 0) for s in self._running)
-        return self._slots.n_cells_busy() + n_promised + n_need <= self._n_ctx
 
     def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
         """Return the sequences with one pending token, and those with more that may go on."""
@@ -396,8 +311,7 @@ class Batcher:
         youngest = self._running.pop()
         self._slots.release(youngest)
         youngest.n_preempted += 1
-        self._waiting.appendleft(youngest)
-        self._is_blocked = True
+        self._admission.put_back(youngest)
 
     def _compose(
         self,
@@ -406,7 +320,7 @@ class Batcher:
         n_prefill: int,
         now: float,
     ) -> Batch:
-        self._may_restore = True
+        self._admission.on_next_batch()
         if self._parker is not None:
             self._parker.on_next_batch()
         if self._halving is not None and self._halving.is_halfway(generating):

@@ -13,8 +13,9 @@ import traceback
 from collections.abc import Callable
 from typing import Final, assert_never
 
+from shimpy.engine.admission import Restore
 from shimpy.engine.backend import Backend, DecodeStatus, n_ctx_seq
-from shimpy.engine.batcher import Batch, Batcher, Restore
+from shimpy.engine.batcher import Batch, Batcher
 from shimpy.engine.embeddings import Embeddings
 from shimpy.engine.generation import Generation, Pieces
 from shimpy.engine.intake import Inbox, Inputs, Prompted, Work

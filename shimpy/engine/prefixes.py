@@ -13,8 +13,8 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from shimpy.engine.matching import common_prefix
 from shimpy.engine.sequence import IdleCache
-from shimpy.engine.slots import common_prefix
 
 # Fewer tokens are computed again in no time.
 MIN_SAVED: Final = 256

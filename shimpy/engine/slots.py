@@ -1,4 +1,4 @@
-"""The slots and what the KV cache holds for each: prefix reuse, eviction, context shift.
+"""The slots and what the KV cache holds for each: placing, eviction, context shift.
 
 Nothing here touches llama.cpp. What is decided is noted as KV operations, in order, for the
 loop to carry out before the next decode; the books run ahead of the cache by no more.
@@ -7,10 +7,10 @@ loop to carry out before the next decode; the books run ahead of the cache by no
 from __future__ import annotations
 
 from collections.abc import Collection
-from collections.abc import Sequence as Tokens
 
 from shimpy.engine.cells import Cells
 from shimpy.engine.gather import exchanges
+from shimpy.engine.matching import best_match, common_prefix, is_part, n_held
 from shimpy.engine.sequence import (
     ALL,
     ATTENDED_CELLS,
@@ -25,14 +25,6 @@ from shimpy.engine.sequence import (
     Slot,
 )
 
-# A running sequence is waited for when it saves at least this many tokens of prefill.
-MIN_FOLLOW = 64
-# Fewer tokens are not shared: a start token that all have would keep its cell for ever, and
-# attention that looks at all cells goes up to the last one that is kept, however few are.
-MIN_SHARED = 16
-# Where each slot has cells of its own, a part of another's is shared by a copy of all of it:
-# that may have so many times the tokens.
-MAX_COPIED = 16
 # Idle caches give way in pieces of this many cells, from their ends.
 EVICT_CELLS = 256
 # A sequence may generate about so many tokens.
@@ -86,50 +78,13 @@ class Slots:
         """Cells that running sequences hold."""
         return self.cells.n_held(slot.id for slot in self._slots if slot.sequence is not None)
 
-    # --- prefix reuse ---
+    # --- placing ---
 
     def best_match(self, sequence: Sequence) -> Match:
-        """Return where most of the sequence's prefix is; its last token never counts.
-
-        That token must be computed in any case, for its logits.
-        """
-        best, best_score = Match(), 0
-        if not sequence.reuse:
-            return best
-        for slot in self._slots:
-            if slot is sequence.slot:
-                continue
-            match = self._match(slot, sequence)
-            score = max(match.n_now, match.n_soon - MIN_FOLLOW)
-            # A tie goes to the idle slot: it may be taken over without a copy.
-            if score > best_score or (score == best_score > 0 and slot.sequence is None):
-                best, best_score = match, score
-        if best.n_soon - MIN_FOLLOW > best.n_now:
-            return best
-        return Match(best.source, best.n_now, best.n_now)
-
-    def _match(self, slot: Slot, sequence: Sequence) -> Match:
-        owner = slot.sequence
-        known = slot.tokens if owner is None else owner.tokens
-        n_kv = _n_held(slot)
-        n_common = common_prefix(known, sequence.tokens)
-        n_common = min(n_common, len(sequence.tokens) - 1, slot.n_exact)
-        if n_common < slot.n_whole:
-            return Match()
-        if not self._can_split:
-            n_now = n_kv if n_common >= n_kv else 0
-            return Match(slot, n_now, n_now)
-        n_now = min(n_common, n_kv)
-        is_shared = owner is not None or _is_part(n_now, n_kv)
-        if is_shared and n_common < MIN_SHARED:
-            return Match()
-        if is_shared and not self.kv_unified and n_kv > MAX_COPIED * n_common:
-            return Match()
-        # Only an older one is waited for: no two can wait for each other.
-        is_older = owner is not None and owner.order < sequence.order
-        return Match(slot, n_now, n_common if is_older else n_now)
-
-    # --- placing ---
+        """Return where most of the sequence's prefix is, as `matching.best_match`."""
+        return best_match(
+            sequence, self._slots, can_split=self._can_split, kv_unified=self.kv_unified
+        )
 
     def next_emptied(self, match: Match, *, for_restore: bool) -> int | None:
         """Return the slot that place() or make_way() would empty; None: it takes one over."""
@@ -224,12 +179,12 @@ class Slots:
             return
         self._is_stirred = False
         running = [slot.id for slot in self._slots if slot.sequence is not None]
-        n_tokens = [_n_held(slot) for slot in self._slots]
+        n_tokens = [n_held(slot) for slot in self._slots]
         for first, second in exchanges(n_tokens, running):
             self._exchange(self._slots[first], self._slots[second])
 
     def _exchange(self, first: Slot, second: Slot) -> None:
-        if _n_held(first) or _n_held(second):
+        if n_held(first) or n_held(second):
             self._ops.append(KvExchange(first.id, second.id))
         self.cells.exchange(first.id, second.id)
         first.id, second.id = second.id, first.id
@@ -376,7 +331,7 @@ class Slots:
         source = match.source
         if source is None or source.sequence is not None:
             return False
-        return spare is None or not _is_part(match.n_now, len(source.tokens))
+        return spare is None or not is_part(match.n_now, len(source.tokens))
 
     def _n_start(self, spare: Slot, sequence: Sequence) -> int:
         """Return how many tokens, few as they are, a sequence may take over with its slot.
@@ -423,28 +378,3 @@ class Slots:
         sequence.n_kv = n
         if not sequence.n_preempted:
             sequence.n_cached = n
-
-
-def _n_held(slot: Slot) -> int:
-    """Return how many tokens of a slot are in the KV cache."""
-    return len(slot.tokens) if slot.sequence is None else slot.sequence.n_kv
-
-
-def _is_part(n: int, n_idle: int) -> bool:
-    """Whether `n` tokens are too few of what idles in a slot to take that slot for them."""
-    return 2 * n < n_idle
-
-
-def common_prefix(a: Tokens[int], b: Tokens[int]) -> int:
-    """Return the length of the longest common prefix, comparing slices at C speed."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    # Equal up to low, not equal up to high.
-    while high - low > 1:
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -83,10 +83,10 @@ class Rig:
         backend: FakeBackend | None = None,
         *,
         embeds: bool = False,
-        prefixes: Path | None = None,
+        prefixes: Path | PrefixStore | None = None,
         parked_bytes: int = 0,
     ) -> None:
-        """`prefixes`: the folder that they are saved in and restored from.
+        """`prefixes`: where they are saved and restored from, or the folder.
 
         `parked_bytes`: what idle slots hold slows down the others, and so much may be parked.
         """
@@ -98,7 +98,7 @@ class Rig:
         self.n_frames = 0
         self.intake = Intake(send=self.hear, clock=lambda: self.now)
         self.intake.serve(self.backend, embeds=embeds)
-        store = None if prefixes is None else self._open(prefixes)
+        store = self._open(prefixes) if isinstance(prefixes, Path) else prefixes
         whole, can_cut = self.backend.state_is_whole, self.backend.can_split
         saved = SavedPrefixes(whole=whole, can_cut=can_cut) if store is None else store.saved
         self.parked = ParkedPrefixes(

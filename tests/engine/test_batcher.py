@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from shimpy.engine.batcher import MARGIN, Batch, Batcher, Restore
+from shimpy.engine.admission import MARGIN, Restore
+from shimpy.engine.batcher import Batch, Batcher
 from shimpy.engine.pace import MIN_CHUNK
 from shimpy.engine.prefixes import SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import Sequence
@@ -226,7 +227,7 @@ def test_who_gave_way_comes_back_first_and_goes_on_where_it_was() -> None:
     while not any(sequence.n_preempted for sequence in sequences):
         bench.step()
     youngest = sequences[2]
-    assert [*bench.batcher._waiting] == [youngest, later]
+    assert bench.batcher._admission.soon == [youngest, later]
     n_generated = youngest.n_generated
     bench.batcher.finish(sequences[0])
     step = bench.step()

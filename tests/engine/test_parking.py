@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from shimpy.engine.batcher import Batch, Restore
+from shimpy.engine.admission import Restore
+from shimpy.engine.batcher import Batch
 from shimpy.engine.parker import Park
 from shimpy.engine.parking import SHARE, Parking
 from shimpy.engine.prefixes import MIN_PARKED, SavedPrefix, SavedPrefixes

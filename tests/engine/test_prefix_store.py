@@ -165,9 +165,7 @@ def other(folder: Path, digest: str, text: str, limit: int = 1 << 30) -> list[Pr
     news: list[PrefixNews] = []
     backend = FakeBackend(**SHAPE)
     store = PrefixStore(load_of(folder, digest=digest, limit=limit), backend, send=news.append)
-    rig = Rig(backend)
-    rig.engine._prefixes = store
-    rig.engine._batcher._saved = store.saved
+    rig = Rig(backend, prefixes=store)
     rig.submit(1, [Text(text)], n_predict=2)
     rig.finish()
     rig.end()

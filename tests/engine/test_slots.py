@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shimpy.engine.matching import MIN_FOLLOW, MIN_SHARED, common_prefix
 from shimpy.engine.sequence import KvCopy, KvRemove, KvShift, Sequence
-from shimpy.engine.slots import EVICT_CELLS, MIN_FOLLOW, MIN_SHARED, Slots, common_prefix
+from shimpy.engine.slots import EVICT_CELLS, Slots
 
 A = list(range(1000, 1300))
 B = list(range(2000, 2300))

@@ -121,7 +121,8 @@ async def _pieces(reader: asyncio.StreamReader, head: bytes) -> AsyncIterator[by
 
 
 def _take(found: Stream, data: bytes, now_s: float) -> None:
-    if b'"error"' in data:
+    # The key: a text may be that word.
+    if b'"error":' in data:
         raise RuntimeError(f"an error in the midst of an answer: {data!r}")
     n = data.count(_EVENT)
     # What says that the stream ends is no text.
