@@ -214,7 +214,7 @@ class Books:
         self._last_worker += 1
         shape = model.shape
         assert shape is not None, "broken models are rejected on arrival"
-        most_threads = policy.most_threads(shape, rung.placement, self.n_cores)
+        n_threads = policy.most_threads(shape, rung.placement, self.n_cores)
         resident = Resident(
             worker=WorkerId(self._last_worker),
             model=model,
@@ -222,8 +222,7 @@ class Books:
             rung=rung,
             lower_rungs=(),
             keep_alive_s=self.limits.keep_alive_s,
-            most_threads=most_threads,
-            n_threads=self.limits.n_threads or most_threads,
+            n_threads=self.limits.n_threads or n_threads,
             started_s=now,
             is_pinned=self.is_pinned(queue.key),
         )

@@ -172,7 +172,7 @@ def share_threads(n_cores: int, busy: Collection[Resident]) -> dict[WorkerId, in
     Two workers with all cores each are slower than with half of them each: the threads of
     both spin (measured with llama.cpp's OpenMP build: 29-47 tok/s against 124 on two cores).
     """
-    shares = {r.worker: (r.most_threads, r.rung.placement.mode == "gpu") for r in busy}
+    shares = {r.worker: (_most_threads(r, n_cores), r.rung.placement.mode == "gpu") for r in busy}
     n_left, n_sharing = n_cores, sum(not on_gpu for _, on_gpu in shares.values())
     threads: dict[WorkerId, int] = {}
     # What one has no use for is left to the others.
@@ -183,3 +183,9 @@ def share_threads(n_cores: int, busy: Collection[Resident]) -> dict[WorkerId, in
             n_left -= threads[worker]
             n_sharing -= 1
     return threads
+
+
+def _most_threads(resident: Resident, n_cores: int) -> int:
+    shape = resident.model.shape
+    assert shape is not None, "broken models are rejected on arrival"
+    return most_threads(shape, resident.rung.placement, n_cores)

@@ -92,8 +92,6 @@ class Resident(msgspec.Struct, kw_only=True, eq=False):
     # Rungs to try when this load runs out of memory; empty when it is such a try.
     lower_rungs: tuple[Rung, ...]
     keep_alive_s: float
-    # That it has a use for, and that it has.
-    most_threads: int
     n_threads: int
     started_s: float
     phase: Phase = Phase.LOADING

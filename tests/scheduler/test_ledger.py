@@ -31,7 +31,6 @@ def make_resident(rung: Rung, *, phase: Phase = Phase.READY, worker: int = 1) ->
         rung=rung,
         lower_rungs=(),
         keep_alive_s=1,
-        most_threads=1,
         n_threads=1,
         started_s=0,
         phase=phase,
