@@ -89,7 +89,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the scenarios")
     parser.add_argument("--rounds", type=int, default=5, help="at least")
     parser.add_argument(
-        "--starts", type=int, default=3, metavar="N", help="of all contenders, between rounds"
+        "--starts", type=_positive, default=3, metavar="N", help="of all contenders, between rounds"
     )
     parser.add_argument(
         "--fill", type=float, default=60, metavar="S", help="more rounds of what takes less"
@@ -110,6 +110,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="needs matplotlib")
     return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    """Return a number of 1 or more: with none nothing would be measured, and nothing missed."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"it must be a whole number from 1 on, not {text!r}")
+    return int(text)
 
 
 def _is_chosen(one: Scenario | System, arguments: argparse.Namespace) -> bool:
