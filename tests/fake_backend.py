@@ -73,6 +73,7 @@ class FakeBackend:
     has_fim = True
     n_overridden = 0
     untouched_bytes = 0
+    is_mapped = True
     state_key = "fake"
 
     def __init__(

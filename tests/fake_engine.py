@@ -167,6 +167,7 @@ class FakeEngine:
                 n_vocab=512,
                 n_embd=1,
                 load_s=script.load_s,
+                is_mapped=load.load_mode == "mmap",
             )
         )
 

@@ -224,6 +224,7 @@ def _ready(backend: Backend, load_s: float) -> Ready:
         eos_text=name(backend.eos_id),
         n_overridden=backend.n_overridden,
         untouched_bytes=backend.untouched_bytes,
+        is_mapped=backend.is_mapped,
     )
 
 

@@ -87,6 +87,8 @@ class Backend(Protocol):
     n_overridden: int
     # RAM that the KV cache takes only as it is used, and that nothing had used once it was made.
     untouched_bytes: int
+    # Its weights in RAM lie in the mapped file, page-locked or not.
+    is_mapped: bool
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         """Return the text's tokens, without start or end tokens."""

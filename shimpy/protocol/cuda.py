@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import Final
 
-# The stack of each thread on a card (engine.llama.cuda).
+# The stack of each thread on a card (engine.llama.stacks).
 STACK_BYTES: Final = 256

@@ -272,6 +272,8 @@ class Ready(_Message, frozen=True):
     n_overridden: int = 0
     # Of the buffers, RAM that is taken only as it is used.
     untouched_bytes: int = 0
+    # The weights in RAM lie in the mapped file, page-locked or not.
+    is_mapped: bool = True
 
 
 class LoadFailed(_Message, frozen=True):

@@ -29,7 +29,7 @@ class Use(msgspec.Struct, frozen=True, kw_only=True):
     devices: dict[str, int]
     # Host memory that a snapshot shows as taken once the model has used all of it.
     host: int
-    # Mapped weights: available to the system, needed by the model.
+    # Mapped weights: needed by the model, and available in the system's words, page-locked or not.
     mapped: int
 
 
@@ -37,14 +37,15 @@ def use_of(resident: Resident) -> Use:
     """Return what a resident really took, or what was predicted while it loads."""
     rung = resident.rung
     devices = {device.name: device.total_bytes for device in rung.devices}
-    mapped = 0 if rung.host.locked else rung.host.weights_bytes
+    is_mapped = not rung.host.locked if resident.ready is None else resident.ready.is_mapped
+    mapped = rung.host.weights_bytes if is_mapped else 0
     host = rung.host.total_bytes - mapped
     if resident.ready is None:
         return Use(devices=devices, host=host, mapped=mapped)
     real: Counter[str] = Counter()
     for buffer in resident.ready.memory:
         taken = buffer.context_bytes + buffer.compute_bytes
-        if buffer.device != HOST or rung.host.locked:
+        if buffer.device != HOST or not is_mapped:
             taken += buffer.model_bytes
         real[buffer.device] += taken
     devices |= {

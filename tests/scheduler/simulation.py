@@ -177,6 +177,7 @@ class Simulation:
             n_vocab=1,
             n_embd=1,
             load_s=load_s,
+            is_mapped=placement.load_mode == "mmap",
         )
         self.ready_at[str(self.processes[worker].model.name)] = self.now
         self.do(self.core.on_ready(worker, ready, self.now))

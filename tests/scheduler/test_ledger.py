@@ -23,7 +23,7 @@ def make_rung(*, vram: int = 0, ram: int = 0, locked: bool = True) -> Rung:
 
 
 def make_resident(rung: Rung, *, phase: Phase = Phase.READY, worker: int = 1) -> Resident:
-    ready = None if phase is Phase.LOADING else make_ready()
+    ready = None if phase is Phase.LOADING else make_ready(is_mapped=not rung.host.locked)
     return Resident(
         worker=WorkerId(worker),
         model=make_model(),
@@ -38,9 +38,16 @@ def make_resident(rung: Rung, *, phase: Phase = Phase.READY, worker: int = 1) ->
     )
 
 
-def make_ready(memory: list[BufferUse] | None = None) -> Ready:
+def make_ready(memory: list[BufferUse] | None = None, *, is_mapped: bool = True) -> Ready:
     return Ready(
-        memory=memory or [], n_ctx=1, n_ctx_train=1, n_slots=1, n_vocab=1, n_embd=1, load_s=1.0
+        memory=memory or [],
+        n_ctx=1,
+        n_ctx_train=1,
+        n_slots=1,
+        n_vocab=1,
+        n_embd=1,
+        load_s=1.0,
+        is_mapped=is_mapped,
     )
 
 
@@ -84,6 +91,16 @@ def test_mapped_weights_are_available_to_the_system_but_not_to_others() -> None:
     resident = make_resident(make_rung(ram=400, locked=False))
     ledger = Ledger(EMPTY, [resident])
     assert free_mib(ledger)[1] == 600
+    assert free_mib(ledger, resident)[1] == 1000
+
+
+def test_what_is_locked_in_its_file_is_counted_though_the_system_calls_it_available() -> None:
+    resident = make_resident(make_rung(ram=400))
+    resident.ready = make_ready([BufferUse("CPU", 390 * MIB, 20 * MIB, 0)], is_mapped=True)
+    use = use_of(resident)
+    assert (use.host, use.mapped) == (20 * MIB, 400 * MIB)
+    ledger = Ledger(taken(EMPTY, ram=20 * MIB), [resident])
+    assert free_mib(ledger)[1] == 580
     assert free_mib(ledger, resident)[1] == 1000
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from shimpy.engine.backend import Chunk, FimRole, Sampler
 from shimpy.engine.llama.context import Context
+from shimpy.engine.llama.devices import HOST
 from shimpy.engine.llama.embed import Embedder, normalized
 from shimpy.engine.llama.grammar import GrammarMaker
 from shimpy.engine.llama.library import version
@@ -49,6 +52,7 @@ class LlamaBackend:
         self.state_is_whole = not self.can_split or model.n_swa > 0
         self.state_key = _state_key(model, load, self.n_ctx)
         self.n_overridden = LOG.n_overridden
+        self.is_mapped = model.is_mapped
         self.untouched_bytes = work.untouched_bytes if isinstance(work, Context) else 0
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
@@ -151,7 +155,12 @@ class LlamaBackend:
 
     def memory(self) -> list[BufferUse]:
         """Return what llama.cpp really holds, per device."""
-        return self._work.memory()
+        uses = self._work.memory()
+        if n_bytes := self._model.mapped_bytes:
+            return [
+                replace(use, model_bytes=n_bytes) if use.device == HOST else use for use in uses
+            ]
+        return uses
 
     def close(self) -> None:
         """Free the model; its samplers are to be closed before."""

@@ -1,57 +1,45 @@
-"""Smaller stacks for the threads on CUDA cards: VRAM that a context takes and no kernel needs.
+"""CUDA's driver, for what llama.cpp does not ask it: cards by llama.cpp's names, and contexts.
 
-The driver keeps a stack of 1,024 bytes for every thread that a card can run at once, 264 MiB on an
-H200 (132 multiprocessors of 2,048 threads). llama.cpp's kernels need 40 bytes and less, but for
-some 30 of them: 5 of its 6,991 for that card need more than 256, and none more than 296
-(`cuobjdump -res-usage`). A kernel that needs more gets it: the driver raises the limit then, for
-good (CUDA driver API, CU_LIMIT_STACK_SIZE). Measured: 198 MiB less on that card, all on it and
-with experts in RAM, with the same logits and no other speed.
+A card's primary context is the one that the CUDA runtime, and so llama.cpp, uses.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from shimpy.protocol.cuda import STACK_BYTES
 
-# cuda.h, enum CUlimit: CU_LIMIT_STACK_SIZE.
-_STACK_SIZE = 0
-
-
-def limit_stacks(devices: Iterable[str], driver: Any = None) -> None:
-    """Set the stack limit of the cards among some devices, by llama.cpp's names ("CUDA0").
-
-    It makes the context that llama.cpp will use, on no other card. Where the driver refuses,
-    all stays as it is. `driver`: libcuda, which is looked for unless given.
-    """
-    ordinals = [int(found[1]) for name in devices if (found := re.fullmatch(r"CUDA(\d+)", name))]
-    if not ordinals:
-        return
-    cuda = driver or _find_driver()
-    if cuda is None or cuda.cuInit(0):
-        return
-    for ordinal in ordinals:
-        _limit_stack(cuda, ordinal)
-
-
-def _find_driver() -> Any:
+def find_driver() -> Any:
+    """Return libcuda, ready for calls; None: there is none, or it refuses."""
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
+    return None if cuda.cuInit(0) else cuda
 
 
-def _limit_stack(cuda: Any, ordinal: int) -> None:
+def ordinals_of(devices: Iterable[str]) -> list[int]:
+    """Return the numbers of the CUDA cards among some devices ("CUDA0")."""
+    return [int(found[1]) for name in devices if (found := re.fullmatch(r"CUDA(\d+)", name))]
+
+
+@contextmanager
+def primary_context(cuda: Any, ordinal: int) -> Iterator[bool]:
+    """Make a card's primary context the current one; yield whether that was possible.
+
+    It is made where there is none, takes VRAM, and stays: given back it would be made anew.
+    """
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    if cuda.cuDeviceGet(ctypes.byref(device), ordinal):
-        return
-    # The CUDA runtime, and so llama.cpp, shares it. Given back it would be made anew.
-    if cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
-        return
-    if cuda.cuCtxPushCurrent_v2(context):
-        return
-    cuda.cuCtxSetLimit(_STACK_SIZE, ctypes.c_size_t(STACK_BYTES))
-    cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
+    is_current = not (
+        cuda.cuDeviceGet(ctypes.byref(device), ordinal)
+        or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        or cuda.cuCtxPushCurrent_v2(context)
+    )
+    try:
+        yield is_current
+    finally:
+        if is_current:
+            cuda.cuCtxPopCurrent_v2(ctypes.byref(context))

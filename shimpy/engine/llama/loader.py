@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shimpy.engine.llama.cuda import limit_stacks
 from shimpy.engine.llama.devices import find_devices
 from shimpy.engine.llama.failures import load_error
 from shimpy.engine.llama.library import LL, Pointer, bind
 from shimpy.engine.llama.log import LOG, install_log
+from shimpy.engine.llama.page_locks import PageLocks, page_locks, whole_pages
+from shimpy.engine.llama.stacks import limit_stacks
+from shimpy.engine.llama.weights import spans_in_ram
 from shimpy.errors import LoadError
 from shimpy.protocol.messages import Load
 
@@ -37,8 +39,12 @@ class _BufferOverride(ctypes.Structure):
 class Model:
     """A loaded model; `close` frees it, after its contexts."""
 
-    def __init__(self, handle: Pointer) -> None:
+    def __init__(self, handle: Pointer, *, is_mapped: bool) -> None:
+        """`is_mapped`: its weights in RAM lie in the mapped file."""
         self.handle = handle
+        self.is_mapped = is_mapped
+        self._spans = spans_in_ram(handle) if is_mapped else []
+        self._locks: PageLocks | None = None
         self.vocab_handle: Pointer = LL.llama_model_get_vocab(handle)
         self.n_ctx_train: int = LL.llama_model_n_ctx_train(handle)
         self.n_embd_out: int = LL.llama_model_n_embd_out(handle)
@@ -62,8 +68,25 @@ class Model:
         n = LL.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace") if n >= 0 else None
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the weights that lie in the mapped file; 0: none, or it is not known.
+
+        llama.cpp counts all of a file from the first of them to the last.
+        """
+        return sum(end - start for start, end in self._spans)
+
+    def lock(self, locks: PageLocks) -> bool:
+        """Page-lock the mapped weights; False: it is refused, or not known where they lie."""
+        if not self._spans or not locks.add(whole_pages(self._spans)):
+            return False
+        self._locks = locks
+        return True
+
     def close(self) -> None:
         """Free the weights."""
+        if self._locks is not None:
+            self._locks.close()
         if self.handle:
             LL.llama_model_free(self.handle)
             self.handle = 0
@@ -78,25 +101,39 @@ def load_model(load: Load, *, on_progress: OnProgress, simulated: bool = False) 
     """
     _check(load)
     install_log()
-    LOG.clear()
     LL.llama_backend_init()
     limit_stacks(load.devices)
+    if simulated or load.load_mode == "mmap":
+        return _load_once(load, on_progress, is_mapped=not simulated, simulated=simulated)
+    if (locks := page_locks(load.devices)) is not None:
+        model = _load_once(load, on_progress, is_mapped=True)
+        if model.lock(locks):
+            return model
+        model.close()
+    return _load_once(load, on_progress, is_mapped=False)
+
+
+def _load_once(
+    load: Load, on_progress: OnProgress, *, is_mapped: bool, simulated: bool = False
+) -> Model:
+    LOG.clear()
     progress = _Progress(on_progress)
     # Everything that the parameters point to lives in these locals until the call returns.
     devices = (ctypes.c_void_p * (len(load.devices) + 1))(*find_devices(load.devices))
     overrides = _overrides(load.n_cpu_moe)
     split = (ctypes.c_float * max(LL.llama_max_devices(), 1))(*load.tensor_split)
     params = _params(load)
-    if simulated:
-        # llama.cpp asserts that nothing is mapped then.
-        params.no_alloc, params.load_mode = True, LL.LLAMA_LOAD_MODE_NONE
+    # What is read, not mapped, lies in page-locked memory where a GPU is used.
+    params.load_mode = LL.LLAMA_LOAD_MODE_MMAP if is_mapped else LL.LLAMA_LOAD_MODE_NONE
+    # llama.cpp asserts that nothing is mapped then.
+    params.no_alloc = simulated
     params.devices = ctypes.cast(devices, ctypes.c_void_p)
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     params.tensor_split = split if load.tensor_split else None
     params.progress_callback = progress.callback
     handle = _load(load, params)
     if handle:
-        return Model(handle)
+        return Model(handle, is_mapped=is_mapped)
     if progress.error is not None:
         raise progress.error
     if progress.was_cancelled:
@@ -145,11 +182,6 @@ def _check(load: Load) -> None:
 def _params(load: Load) -> Any:
     params = LL.llama_model_default_params()
     params.n_gpu_layers = load.n_gpu_layers
-    # "locked": read, not mapped. Where a GPU is used, host weights then lie in page-locked
-    # memory, which is copied 7 times as fast (docs: placement).
-    params.load_mode = (
-        LL.LLAMA_LOAD_MODE_MMAP if load.load_mode == "mmap" else LL.LLAMA_LOAD_MODE_NONE
-    )
     params.check_tensors = load.check_tensors
     # Repacked weights: half the speed of prefill, and a second copy beside the mapped file.
     params.use_extra_bufts = False

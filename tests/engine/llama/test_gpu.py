@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shimpy.engine.llama import list_devices
+from shimpy.engine.llama import list_devices, loader
+from shimpy.engine.llama.weights import spans_in_ram
 from shimpy.errors import LoadError
 from shimpy.protocol.cuda import STACK_BYTES
 from shimpy.protocol.messages import BufferUse
@@ -81,10 +82,35 @@ def test_experts_stay_in_host_memory(tmp_path: Path, gpu: str) -> None:
     assert sizes[0] - sizes[3] == 3 * one_layer
 
 
-def test_locked_experts_are_page_locked(
-    deepseek_model: Path, gpu: str, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("load_mode", ["locked", "mmap"])
+def test_locked_experts_are_page_locked_in_the_mapped_file(
+    deepseek_model: Path, gpu: str, load_mode: str
 ) -> None:
-    """Copied to the GPU several times as fast as mapped ones."""
+    """Copied to the GPU several times as fast as those that are only mapped."""
+    if not gpu.startswith("CUDA"):
+        pytest.skip(f"{gpu} has no CUDA driver to ask")
+    cuda = ctypes.CDLL("libcuda.so.1")
+    options = {"devices": [gpu], "n_gpu_layers": 99, "n_cpu_moe": 99, "load_mode": load_mode}
+    with loaded(deepseek_model, **options) as backend:
+        assert backend.is_mapped
+        spans = spans_in_ram(backend._model.handle)
+        assert spans
+        prefill(backend, [65, 66, 67, 68])
+        for start, end in spans:
+            for address in (start, end - 1):
+                flags = ctypes.c_uint()
+                status = cuda.cuMemHostGetFlags(ctypes.byref(flags), ctypes.c_void_p(address))
+                assert (status == 0) == (load_mode == "locked")
+
+
+def test_experts_are_read_where_their_file_can_t_be_locked(
+    deepseek_model: Path,
+    gpu: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Into page-locked memory of llama.cpp's own."""
+    monkeypatch.setattr(loader, "page_locks", lambda _: None)
     uses(deepseek_model, gpu, n_cpu_moe=99, load_mode="locked")
     said = capfd.readouterr().err
     assert "_Host model buffer size" in said
