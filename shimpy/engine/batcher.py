@@ -92,7 +92,6 @@ class Batcher:
         self._running: list[Sequence] = []
         self._full: list[Sequence] = []
         self._n_submitted = 0
-        self._is_read = True
         # Prompts and streams have batches in turn, and of prompts the oldest and the shortest.
         self._is_prompts_turn = self._is_oldests_turn = False
 
@@ -136,10 +135,7 @@ class Batcher:
 
     def on_timed(self, batch: Batch, elapsed_s: float) -> None:
         """Learn from how long a batch took; who waits for its tokens need not wait for this."""
-        # A GPU computes on until logits are read: a time is whole where the batch before and this
-        # one gave some.
-        was_read, self._is_read = self._is_read, any(chunk.wants_logits for chunk in batch.chunks)
-        if batch.n_prefill and was_read and self._is_read:
+        if batch.n_prefill:
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
         if batch.n_prefill and self._turns is not None:
             n_tokens = sum(len(chunk.tokens) for chunk in batch.chunks)

@@ -10,12 +10,15 @@ token 1.04 times as long.) But beside eight streams with
 256 tokens each, 64 take 25 % more of the processor's time: where several prompts wait, what is lost
 is lost to all of them, and it is not shortened. It grows where batches are
 quick, and where a longer one saves much time: with experts in RAM most of a batch's time goes
-into copying them to the GPU, however few its tokens are.
+into copying them to the GPU, however few its tokens are. What is wanted is a stall of under 0.3 s;
+a chunk may take half of that, as a busy machine takes longer, and a step of the streams comes too.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -26,12 +29,14 @@ MIN_CHUNK: Final = 128
 # many times as long then.
 _SHORTER: Final = (96, 64, 48, 32)
 LEAST_CHUNK: Final = _SHORTER[-1]
-LONG_S: Final = 0.19
+LONG_S: Final = 0.16
 _MAX_LOSS: Final = 1.3
 # A longer batch may take this long...
 STALL_S: Final = 0.1
 # ...or hold more tokens as long as twice as many take no more than this times as long.
 MAX_GROWTH: Final = 1.5
+# A longer one takes at most so many times as long as as many tokens in shorter ones.
+_MAX_EXCESS: Final = 1.5
 # Batches whose sizes differ by less are taken for one size.
 _NEAR: Final = 32
 # Shorter batches tell nothing: with experts in RAM they are computed where those are (fewer than
@@ -101,19 +106,27 @@ class Pace:
         self.chunk = min(self._wanted, max(before, self.chunk)) if is_long else self._wanted
 
     def _choose(self) -> int:
-        """Return the largest size that is quick enough, or worth its time."""
+        """Return the largest size that is quick enough, or worth its time.
+
+        How long one takes that is far longer than any that was seen is a guess, for which all
+        streams would wait: it is at most twice as long.
+        """
+        longest = max(known.n_tokens for known in self._alike())
         size = MIN_CHUNK
-        while size < self._n_most:
+        while size < min(self._n_most, longest + _NEAR):
             longer_s = self._expected_s(2 * size)
             if longer_s > STALL_S and longer_s > MAX_GROWTH * self._expected_s(size):
                 break
             size *= 2
-        return size if size > MIN_CHUNK else self._shorten(size)
+        if size > MIN_CHUNK:
+            return size
+        return self._shorten([n for n in (MIN_CHUNK, *_SHORTER) if n <= 2 * longest])
 
-    def _shorten(self, size: int) -> int:
-        """Return the largest size up to this one that is not too long, or can't be helped."""
+    def _shorten(self, sizes: Sequence[int]) -> int:
+        """Return the first of some falling sizes that is not too long, or can't be helped."""
+        size = sizes[0]
         most_s = _MAX_LOSS * self._expected_s(size) / size
-        for shorter in _SHORTER:
+        for shorter in sizes[1:]:
             if self._expected_s(size) <= LONG_S:
                 break
             if self._expected_s(shorter) > most_s * shorter:
@@ -127,8 +140,7 @@ class Pace:
         Attention takes the longer the deeper: what a batch took near the beginning of a prompt
         says nothing deep inside of one, nor what it took beside many others of a lone one.
         """
-        least, most = self._depth / _ALIKE - _SHALLOW, self._depth * _ALIKE + _SHALLOW
-        known = [one for one in self._known.values() if least <= one.depth <= most]
+        known = self._alike()
         if len(known) == 1:
             # Nothing tells what a batch costs by itself.
             return known[0].seconds * n_tokens / known[0].n_tokens
@@ -136,3 +148,17 @@ class Pace:
         low, high = known[max(0, above - 1)], known[max(1, above)]
         slope = (high.seconds - low.seconds) / (high.n_tokens - low.n_tokens)
         return max(0.0, low.seconds + slope * (n_tokens - low.n_tokens))
+
+    def _alike(self) -> list[_Known]:
+        """Return what is known of batches about as deep as the last one, which is among them.
+
+        A long one takes little longer than as many tokens in short ones: where it did, something
+        else took the time, such as the first use of slots.
+        """
+        least, most = self._depth / _ALIKE - _SHALLOW, self._depth * _ALIKE + _SHALLOW
+        alike = [one for one in self._known.values() if least <= one.depth <= most]
+        token_s = itertools.accumulate((one.seconds / one.n_tokens for one in alike), min)
+        return [
+            replace(one, seconds=min(one.seconds, _MAX_EXCESS * one.n_tokens * seconds))
+            for one, seconds in zip(alike, token_s, strict=True)
+        ]

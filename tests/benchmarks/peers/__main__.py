@@ -46,6 +46,8 @@ def main() -> int:
     present = [name for name in ALL if name not in {*absent, *arguments.without}]
     everything: list[Scenario | System] = [*all_scenarios(), *SYSTEMS]
     chosen = [one for one in everything if _is_chosen(one, arguments)]
+    if not chosen:
+        sys.exit(f"no scenario has {' or '.join(arguments.only)} in its name: --list has all")
     if arguments.list:
         print("\n".join(one.name for one in chosen))
         return 0
