@@ -13,6 +13,7 @@ from shimpy.engine.llama.failures import load_error
 from shimpy.engine.llama.library import LL, Pointer, bind
 from shimpy.engine.llama.log import LOG, install_log
 from shimpy.engine.llama.page_locks import PageLocks, page_locks, whole_pages
+from shimpy.engine.llama.read_ahead import read_ahead
 from shimpy.engine.llama.stacks import limit_stacks
 from shimpy.engine.llama.weights import spans_in_ram
 from shimpy.errors import LoadError
@@ -26,6 +27,8 @@ _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 # llama.h, LLAMA_MAX_SEQ.
 _MAX_SLOTS = 256
 _PROGRESS_STEP = 0.01
+# Of a load from a disk, the part that reading takes.
+_READ_SHARE = 0.9
 
 _cpu_buffer_type = bind("ggml_backend_cpu_buffer_type", ctypes.c_void_p)
 
@@ -131,7 +134,9 @@ def _load_once(
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     params.tensor_split = split if load.tensor_split else None
     params.progress_callback = progress.callback
-    handle = _load(load, params)
+    handle = None
+    if not is_mapped or read_ahead(load.shards or [load.path], progress.on_read):
+        handle = _load(load, params)
     if handle:
         return Model(handle, is_mapped=is_mapped)
     if progress.error is not None:
@@ -202,16 +207,26 @@ def _overrides(n_cpu_moe: int) -> ctypes.Array[_BufferOverride]:
 
 
 class _Progress:
-    """llama.cpp's progress callback, called on in steps of a hundredth."""
+    """What is read ahead, and llama.cpp's progress callback, called on in steps of a hundredth."""
 
     def __init__(self, on_progress: OnProgress) -> None:
         self._on_progress = on_progress
         self._next = 0.0
+        # Where llama.cpp's own begins.
+        self._start = 0.0
         self.was_cancelled = False
         self.error: BaseException | None = None
-        self.callback = LL.llama_progress_callback(self._take)
+        self.callback = LL.llama_progress_callback(self._on_llama)
 
-    def _take(self, fraction: float, _user_data: ctypes.c_void_p) -> bool:
+    def on_read(self, fraction: float) -> bool:
+        """Take how much of the files is read; return whether to go on."""
+        self._start = _READ_SHARE
+        return self._tell(_READ_SHARE * fraction)
+
+    def _on_llama(self, fraction: float, _user_data: ctypes.c_void_p) -> bool:
+        return self._tell(self._start + (1 - self._start) * fraction)
+
+    def _tell(self, fraction: float) -> bool:
         if fraction < self._next and fraction < 1.0:
             return True
         self._next = fraction + _PROGRESS_STEP
