@@ -1,9 +1,8 @@
 """Brings a file that is not in the page cache there before it is mapped, and tells how far it is.
 
-llama.cpp maps files with MAP_POPULATE: that returns once all is read, with no word of progress and
-no way to stop it, for half a minute where 60 GB come from a disk of 2 GB/s. The same pages are
-asked for here in pieces, at the same speed (MADV_POPULATE_READ, Linux 5.14; elsewhere nothing is
-done).
+llama.cpp maps files with MAP_POPULATE: that returns once all is read, with no word meanwhile, for
+half a minute where 60 GB come from a disk of 2 GB/s. The same pages are asked for here in pieces,
+at the same speed (MADV_POPULATE_READ, Linux 5.14; elsewhere nothing is done).
 """
 
 from __future__ import annotations
