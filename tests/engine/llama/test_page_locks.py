@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import mmap
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -17,7 +18,8 @@ from shimpy.engine.llama.page_locks import page_locks, whole_pages
 from shimpy.engine.llama.weights import spans_in_ram
 from tests.engine.llama.cuda_driver import Driver
 from tests.engine.llama.running import generate, loaded
-from tests.synthetic import CHAIN_TEXT
+from tests.synthetic import CHAIN_TEXT, write_llama
+from tests.synthetic.gguf_file import GgufFile
 
 PAGE = mmap.PAGESIZE
 PORTABLE_READ_ONLY = 0x01 | 0x08
@@ -30,6 +32,23 @@ def test_weights_are_found_where_the_file_s_bytes_are(llama_model: Path) -> None
         assert {ctypes.string_at(start, end - start) for start, end in spans} == tensors
         (use,) = backend.memory()
         assert use.model_bytes == sum(end - start for start, end in spans)
+
+
+def test_embeddings_that_are_the_output_layer_too_are_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = GgufFile.add
+
+    def add_but_output(file: GgufFile, name: str, *rest: Any) -> None:
+        if name != "output.weight":
+            add(file, name, *rest)
+
+    monkeypatch.setattr(GgufFile, "add", add_but_output)
+    path = write_llama(tmp_path / "tied.gguf")
+    n_bytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+    with loaded(path) as backend:
+        (use,) = backend.memory()
+        assert use.model_bytes == n_bytes
 
 
 @given(
