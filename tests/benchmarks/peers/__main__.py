@@ -47,7 +47,9 @@ def main() -> int:
     everything: list[Scenario | System] = [*all_scenarios(), *SYSTEMS]
     chosen = [one for one in everything if _is_chosen(one, arguments)]
     if not chosen:
-        sys.exit(f"no scenario has {' or '.join(arguments.only)} in its name: --list has all")
+        sys.exit(
+            f"no scenario has {' or '.join(map(repr, arguments.only))} in its name: --list has all"
+        )
     if arguments.list:
         print("\n".join(one.name for one in chosen))
         return 0
@@ -86,7 +88,9 @@ def _print_report(
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.peers", description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="names that hold it")
-    parser.add_argument("--without", nargs="*", default=[], choices=ALL, help="contenders")
+    # The bare loop makes the prompts.
+    peers = [name for name in ALL if name != "bare"]
+    parser.add_argument("--without", nargs="*", default=[], choices=peers, help="contenders")
     parser.add_argument("--quick", action="store_true", help="fewer kinds of work")
     parser.add_argument("--list", action="store_true", help="print the names of the scenarios")
     parser.add_argument("--rounds", type=int, default=5, help="at least")
