@@ -137,9 +137,9 @@ class Batcher:
         """Learn from how long a batch took; who waits for its tokens need not wait for this."""
         if batch.n_prefill:
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
-        if batch.n_prefill and self._turns is not None:
-            n_tokens = sum(len(chunk.tokens) for chunk in batch.chunks)
-            self._turns.attention.on_batch(n_tokens, elapsed_s, depth=batch.depth)
+            if self._turns is not None:
+                n_tokens = sum(len(chunk.tokens) for chunk in batch.chunks)
+                self._turns.attention.on_batch(n_tokens, elapsed_s, depth=batch.depth)
         if self._parker is not None:
             self._parker.on_batch(elapsed_s, batch.n_prefill)
         if self._halving is not None and batch.n_streams:

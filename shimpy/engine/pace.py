@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -70,8 +70,9 @@ class Pace:
         self._n_most = n_most
         # By the power of two that is nearest to their number of tokens.
         self._known: dict[int, _Known] = {}
+        # Of them, in order, what says something of batches as deep as the last one.
+        self._alike: list[_Known] = []
         self._n_batches = 0
-        self._depth = 0
         self.chunk = self._wanted = min(MIN_CHUNK, n_most)
 
     def chunk_for(self, n_prompts: int) -> int:
@@ -96,10 +97,10 @@ class Pace:
             and elapsed_s * old.n_tokens > _FALLING * old.seconds * n_prefill
         ):
             new = replace(old, seconds=_FALLING * old.seconds, last=self._n_batches)
-        self._depth = depth
         self._known[size] = new
         oldest = self._n_batches - _KEPT
         self._known = {n: known for n, known in sorted(self._known.items()) if known.last > oldest}
+        self._alike = _alike(self._known.values(), depth)
         before, self._wanted = self._wanted, min(self._choose(), self._n_most)
         is_long = self._expected_s(self._wanted) > LONG_S
         # One slow batch makes long ones look good, until the next.
@@ -111,7 +112,7 @@ class Pace:
         How long one takes that is far longer than any that was seen is a guess, for which all
         streams would wait: it is at most twice as long.
         """
-        longest = max(known.n_tokens for known in self._alike())
+        longest = self._alike[-1].n_tokens
         size = MIN_CHUNK
         while size < min(self._n_most, longest + _NEAR):
             longer_s = self._expected_s(2 * size)
@@ -135,12 +136,8 @@ class Pace:
         return size
 
     def _expected_s(self, n_tokens: int) -> float:
-        """Return how long a batch should take: on the line between what is known around it.
-
-        Attention takes the longer the deeper: what a batch took near the beginning of a prompt
-        says nothing deep inside of one, nor what it took beside many others of a lone one.
-        """
-        known = self._alike()
+        """Return how long a batch should take: on the line between what is known around it."""
+        known = self._alike
         if len(known) == 1:
             # Nothing tells what a batch costs by itself.
             return known[0].seconds * n_tokens / known[0].n_tokens
@@ -149,16 +146,19 @@ class Pace:
         slope = (high.seconds - low.seconds) / (high.n_tokens - low.n_tokens)
         return max(0.0, low.seconds + slope * (n_tokens - low.n_tokens))
 
-    def _alike(self) -> list[_Known]:
-        """Return what is known of batches about as deep as the last one, which is among them.
 
-        A long one takes little longer than as many tokens in short ones: where it did, something
-        else took the time, such as the first use of slots.
-        """
-        least, most = self._depth / _ALIKE - _SHALLOW, self._depth * _ALIKE + _SHALLOW
-        alike = [one for one in self._known.values() if least <= one.depth <= most]
-        token_s = itertools.accumulate((one.seconds / one.n_tokens for one in alike), min)
-        return [
-            replace(one, seconds=min(one.seconds, _MAX_EXCESS * one.n_tokens * seconds))
-            for one, seconds in zip(alike, token_s, strict=True)
-        ]
+def _alike(known: Iterable[_Known], depth: int) -> list[_Known]:
+    """Return those of some rising sizes that say something of batches of a depth.
+
+    Attention takes the longer the deeper: what a batch took near the beginning of a prompt says
+    nothing deep inside of one, nor what it took beside many others of a lone one. And a long one
+    takes little longer than as many tokens in short ones: where it did, something else took the
+    time, such as the first use of slots.
+    """
+    least, most = depth / _ALIKE - _SHALLOW, depth * _ALIKE + _SHALLOW
+    alike = [one for one in known if least <= one.depth <= most]
+    token_s = itertools.accumulate((one.seconds / one.n_tokens for one in alike), min)
+    return [
+        replace(one, seconds=min(one.seconds, _MAX_EXCESS * one.n_tokens * seconds))
+        for one, seconds in zip(alike, token_s, strict=True)
+    ]

@@ -9,7 +9,7 @@ import pytest
 
 from shimpy.engine.admission import MARGIN, Restore
 from shimpy.engine.batcher import Batch, Batcher
-from shimpy.engine.pace import MIN_CHUNK
+from shimpy.engine.pace import MIN_CHUNK, Pace
 from shimpy.engine.prefixes import SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import Sequence
 
@@ -97,8 +97,12 @@ def test_beside_a_stream_chunks_grow_where_they_are_quick() -> None:
 
 
 @pytest.mark.parametrize(("attends_idle", "depth"), [(True, 1000 + 128), (False, 128)])
-def test_how_deep_a_batch_was_is_told_with_its_time(attends_idle: bool, depth: int) -> None:
+def test_how_deep_a_batch_was_is_told_with_its_time(
+    attends_idle: bool, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With plain attention everybody's cells count, else those of the prompt alone."""
+    told: list[int] = []
+    monkeypatch.setattr(Pace, "on_batch", lambda *_, depth: told.append(depth))
     bench = Bench(attends_idle=attends_idle)
     bench.submit(1000)
     bench.step()
@@ -106,7 +110,7 @@ def test_how_deep_a_batch_was_is_told_with_its_time(attends_idle: bool, depth: i
     bench.submit(300)
     bench.step()
     bench.step()
-    assert bench.batcher._pace._depth == pytest.approx(depth, abs=3)
+    assert told[-1] == pytest.approx(depth, abs=3)
 
 
 def test_only_the_last_token_of_a_prompt_gives_logits() -> None:

@@ -62,6 +62,19 @@ def bind_quick(name: str, result: Any, *arguments: Any) -> Any:
     return ctypes.PYFUNCTYPE(result, *arguments)((name, _handle))
 
 
+def bind_cxx(symbol: str, result: Any, *arguments: Any) -> Any:
+    """Return a function that gives or takes libstdc++'s types; None: they are others, or none.
+
+    On Linux the ABI of libstdc++ fixes how its types lie.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        return bind(symbol, result, *arguments)
+    except AttributeError:
+        return None
+
+
 def version() -> str:
     """Return the version of llama-cpp-python and of the llama.cpp in it."""
     return f"{_bindings_version()} ({LL.llama_version().decode()})"

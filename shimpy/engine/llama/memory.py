@@ -8,11 +8,10 @@ figures come from the log lines of the load.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterator
 
 from shimpy.engine.llama.devices import device_of_buffer, device_of_buffer_name
-from shimpy.engine.llama.library import Pointer, bind
+from shimpy.engine.llama.library import Pointer, bind_cxx
 from shimpy.engine.llama.log import LOG
 from shimpy.protocol.messages import BufferUse
 from shimpy.units import MIB
@@ -69,11 +68,8 @@ def read_memory(context: Pointer) -> list[BufferUse]:
 
 def _from_breakdown(context: Pointer) -> list[_Use]:
     """Return nothing where the layout is not the known one."""
-    if sys.platform != "linux":
-        return []
-    try:
-        breakdown = bind(_SYMBOL, _Map, ctypes.c_void_p)
-    except AttributeError:
+    breakdown = bind_cxx(_SYMBOL, _Map, ctypes.c_void_p)
+    if breakdown is None:
         return []
     tree: _Map = breakdown(context)
     if not 0 < tree.n_nodes < _MAX_NODES:

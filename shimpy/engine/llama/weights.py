@@ -8,10 +8,9 @@ ABI fixes. The tensor is as ggml.h has it.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterator
 
-from shimpy.engine.llama.library import Pointer, bind
+from shimpy.engine.llama.library import Pointer, bind, bind_cxx
 from shimpy.engine.llama.page_locks import Span
 
 _SYMBOL = "_Z29llama_internal_get_tensor_mapB5cxx11PK11llama_model"
@@ -44,14 +43,11 @@ _is_host = bind("ggml_backend_buffer_is_host", ctypes.c_bool, ctypes.c_void_p)
 
 def spans_in_ram(model: Pointer) -> list[Span]:
     """Return where each tensor of a model lies that is in RAM; none where that can't be known."""
-    return list(_spans(model)) if sys.platform == "linux" else []
+    tensor_map = bind_cxx(_SYMBOL, ctypes.POINTER(_Vector), ctypes.c_void_p)
+    return [] if tensor_map is None else list(_spans(tensor_map(model).contents))
 
 
-def _spans(model: Pointer) -> Iterator[Span]:
-    try:
-        tensors: _Vector = bind(_SYMBOL, ctypes.POINTER(_Vector), ctypes.c_void_p)(model).contents
-    except AttributeError:
-        return
+def _spans(tensors: _Vector) -> Iterator[Span]:
     n, rest = divmod(tensors.end - tensors.start, ctypes.sizeof(_Named))
     if rest or not 0 < n < _MAX_TENSORS:
         return
