@@ -91,6 +91,9 @@ class Batcher:
         )
         self._running: list[Sequence] = []
         self._full: list[Sequence] = []
+        # All that run, in the order of the last batch, which held a token of each, as long as
+        # nothing has happened since but that each has got its next one.
+        self._steady: list[Sequence] = []
         self._n_submitted = 0
         # Prompts and streams have batches in turn, and of prompts the oldest and the shortest.
         self._is_prompts_turn = self._is_oldests_turn = False
@@ -115,6 +118,7 @@ class Batcher:
     def submit(self, sequence: Sequence) -> None:
         """Put a sequence into the queue; its prompt is shorter than the context."""
         assert 0 < len(sequence.tokens) < self._n_ctx_seq
+        self._steady = []
         self._n_submitted += 1
         sequence.order = self._n_submitted
         if not self._can_shift:
@@ -155,6 +159,7 @@ class Batcher:
             return True
         if sequence.n_keep is None:
             return False
+        self._steady = []
         self._full.append(sequence)
         return True
 
@@ -163,6 +168,7 @@ class Batcher:
 
         Returns the only running sequence when there is nothing left to give up.
         """
+        self._steady = []
         if self._slots.evict(self._n_ctx):
             return None
         if len(self._running) == 1:
@@ -187,6 +193,7 @@ class Batcher:
 
     def finish(self, sequence: Sequence, *, keep_kv: bool = True) -> None:
         """Take a sequence out, wherever it is; its KV stays for later prompts."""
+        self._steady = []
         if sequence.slot is None:
             self._admission.remove(sequence)
             return
@@ -231,6 +238,9 @@ class Batcher:
 
         The same batch may be asked for again after on_kv_full or on_kv_refused.
         """
+        if self._steady and (again := self._again()) is not None:
+            return again
+        self._steady = []
         # In this order: a leader's tokens must not move before its followers share them.
         self._attach_followers()
         self._shift_full()
@@ -249,6 +259,13 @@ class Batcher:
                 return self._compose(generating, prefilling, n_prefill, now)
             self._preempt()
         return None
+
+    def _again(self) -> Batch | None:
+        """Return the same step once more; None: there are too few cells for it."""
+        sequences = self._steady
+        if self._slots.kv_unified and self._slots.cells.n_free < len(sequences):
+            return None
+        return Batch([], [_chunk(sequence, 1) for sequence in sequences], sequences, 0, 0)
 
     def _copy_beside(self) -> Park | None:
         if self._parker is None or not self._parker.is_costly:
@@ -344,7 +361,18 @@ class Batcher:
             chunks += [_chunk(sequence, n) for sequence, n in prompts]
             n_prefill = sum(n for _, n in prompts)
         depth = self._depth(chunks) if n_prefill else 0
-        return Batch(self._slots.take_ops(), chunks, sequences, n_prefill, depth, part, n_streams)
+        ops = self._slots.take_ops()
+        if not n_prefill and not ops and self._is_steady(sequences):
+            self._steady = sequences
+        return Batch(ops, chunks, sequences, n_prefill, depth, part, n_streams)
+
+    def _is_steady(self, sequences: list[Sequence]) -> bool:
+        """Whether the same step comes again and again, of all that there are."""
+        if len(sequences) < len(self._running) or self._admission:
+            return False
+        if self._halving is not None and self._halving.may_divide(len(sequences)):
+            return False
+        return self._parker is None or not self._parker.is_costly
 
     def _share_out(self, prefilling: list[Sequence], n_tokens: int, now: float) -> Shares:
         if not self._slots.kv_unified:

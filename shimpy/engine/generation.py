@@ -34,10 +34,13 @@ class Generation:
 
     __slots__ = (
         "_backend",
+        "_bytes",
         "_is_ended_by_token",
+        "_is_watched",
         "_logprobs",
         "_n_unsent",
         "_prefilled_s",
+        "_unsent",
         "_work",
         "pieces",
         "request",
@@ -65,8 +68,12 @@ class Generation:
         self._logprobs: Attached[TokenLogprob] | None = None
         if submit.sampling.n_logprobs is not None:
             self._logprobs = Attached(self.text)
-        # Tokens since the last Delta.
+        # Since the last Delta: text, bytes that are to become text, and tokens.
+        self._unsent = ""
+        self._bytes = b""
         self._n_unsent = 0
+        # Bytes become text at once where it may be the last, or logprobs go with it.
+        self._is_watched = bool(submit.stop) or submit.sampling.n_logprobs is not None
         self._is_ended_by_token = False
         self._prefilled_s: float | None = None
 
@@ -77,30 +84,46 @@ class Generation:
         self._prefilled_s = now
         return Prefilled(self.request, self.sequence.n_prompt, self.sequence.n_cached)
 
-    def push(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> str:
-        """Take a token and return the text that is certain now."""
+    def push(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> None:
+        """Take a token; what text is certain then is in the next Delta."""
         if logprob is not None and self._logprobs is not None:
             self._logprobs.push(logprob)
         self._n_unsent += 1
-        shown = self.text.push(piece)
-        if not piece and self._work.submit.stop:
-            # A control token shows no text, but its name may be among the stop strings.
-            name = self._backend.piece(token, special=True).decode("utf-8", "replace")
-            if name in self._work.submit.stop:
-                shown += self.text.finish()
-                self.text.stop = name
-        return shown
+        self._bytes += piece
+        if self._is_watched:
+            self._read()
+            if not piece:
+                self._look_at_name(token)
 
-    def on_end_token(self) -> str:
-        """Note the token that ends the text; return what was held back."""
+    def _read(self) -> None:
+        if self._bytes:
+            data, self._bytes = self._bytes, b""
+            self._unsent += self.text.push(data)
+
+    def _look_at_name(self, token: int) -> None:
+        """End the text at a control token, which shows none, if its name is a stop string."""
+        name = self._backend.piece(token, special=True).decode("utf-8", "replace")
+        if name in self._work.submit.stop:
+            self.finish()
+            self.text.stop = name
+
+    def on_end_token(self) -> None:
+        """Note the token that ends the text."""
         self._is_ended_by_token = True
-        return self.text.finish()
+        self.finish()
 
-    def delta(self, text: str) -> Delta | None:
-        """Return the news of some text; None: there is nothing to show."""
+    def finish(self) -> None:
+        """Hold no text back any longer."""
+        self._read()
+        self._unsent += self.text.finish()
+
+    def delta(self) -> Delta | None:
+        """Return the text since the last Delta; None: there is nothing to show."""
+        self._read()
         logprobs = self._logprobs.take() if self._logprobs is not None else []
-        if not text and not logprobs:
+        if not self._unsent and not logprobs:
             return None
+        text, self._unsent = self._unsent, ""
         n_tokens, self._n_unsent = self._n_unsent, 0
         return Delta(self.request, text, n_tokens, logprobs)
 

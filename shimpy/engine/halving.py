@@ -77,6 +77,10 @@ class Halving:
         # The streams of the step whose first half was computed last, and its seconds.
         self._first: tuple[int, float] = (0, 0.0)
 
+    def may_divide(self, n_streams: int) -> bool:
+        """Whether steps of so many streams are ever computed in halves."""
+        return LEAST <= n_streams <= MOST
+
     def is_halfway(self, generating: Collection[Sequence]) -> bool:
         """Whether the second half of a step comes next, before anything else."""
         return any(sequence in generating for sequence in self._rest)
@@ -109,7 +113,7 @@ class Halving:
             choice.on_step(first_s + elapsed_s, was_halved=True)
 
     def _is_halved(self, n_streams: int) -> bool:
-        if not LEAST <= n_streams <= MOST:
+        if not self.may_divide(n_streams):
             return False
         choice = self._choices.setdefault(n_streams, _Choice())
         return choice.is_halved is not choice.tries_other

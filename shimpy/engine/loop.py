@@ -202,7 +202,7 @@ class Engine:
     # --- one batch ---
 
     def _run(self, batch: Batch, started_s: float) -> None:
-        if not all(map(self._apply, batch.ops)):
+        if batch.ops and not all(map(self._apply, batch.ops)):
             self._batcher.on_kv_refused()
             return
         try:
@@ -291,9 +291,10 @@ class Engine:
             rows = later
         for row, sequence in rows:
             self._draw(row, sequence, texts, now)
-        # Last, as it overwrites the logits.
-        for group in self._texts.alike(texts):
-            self._embed(group)
+        if texts:
+            # Last, as it overwrites the logits.
+            for group in self._texts.alike(texts):
+                self._embed(group)
 
     def _draw(self, row: int, sequence: Sequence, texts: list[Sequence], now: float) -> None:
         generation = self._generations.get(sequence.request)
@@ -324,24 +325,20 @@ class Engine:
                 self._end(generation, "length")
                 return
         token, logprob = generation.sampler.sample(row)
+        self._outbox.add_text(generation)
         piece = generation.pieces[token]
         if piece is None:
-            self._tell(generation, generation.on_end_token())
+            generation.on_end_token()
             self._end(generation, "stop")
             return
         goes_on = self._batcher.on_token(generation.sequence, token)
-        shown = generation.push(token, piece, logprob)
+        generation.push(token, piece, logprob)
         if goes_on and generation.text.stop is None:
-            self._tell(generation, shown)
             return
-        self._tell(generation, shown + generation.text.finish())
+        generation.finish()
         self._end(generation, "length" if generation.text.stop is None else "stop")
 
     # --- out ---
-
-    def _tell(self, generation: Generation, text: str) -> None:
-        if (delta := generation.delta(text)) is not None:
-            self._outbox.add_text(delta)
 
     def _end(self, generation: Generation, reason: FinishReason) -> None:
         self._outbox.add(generation.done(reason, self._clock()))

@@ -1,52 +1,73 @@
 """The news of the steps on their way to the daemon: a frame of them now and then.
 
 A frame costs 60 to 150 us, as the daemon wakes up for it, and a small model takes a millisecond
-for a step. So what is only more text waits for the next steps, up to 4 ms after the last text
-was sent: 250 frames a second are more than anyone can read or draw. A first token, an end and an
+for a step. So what is only more text waits for the next steps, up to 10 ms after the last text
+was sent: 100 frames a second are more than anyone can read or draw. A first token, an end and an
 error go at once, and nothing waits for a step that may be long; but where a step is two batches,
-the text of the first goes with that of the second.
+the text of the first goes with that of the second. What a request has to say in a frame is one
+Delta, of however many tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from shimpy.protocol.messages import Delta, Events, StepEvent
 
-INTERVAL_S: Final = 0.004
+INTERVAL_S: Final = 0.01
+
+
+class Speaker(Protocol):
+    """A request whose text comes bit by bit."""
+
+    request: int
+
+    def delta(self) -> Delta | None:
+        """Return what is new since the last one; None: nothing to show."""
 
 
 class Outbox:
-    """What has not been sent yet, in order."""
+    """What has not been sent yet: of a request in order, its text at the latest."""
 
     def __init__(self, send: Callable[[Events], None]) -> None:
         self._send = send
         self._news: list[StepEvent] = []
+        self._speakers: dict[int, Speaker] = {}
         self._has_pressing = False
         self._sent_s = -INTERVAL_S
 
     def add(self, news: StepEvent) -> None:
-        """Take what is no text: it goes with the next flush."""
+        """Take what is no text: it goes with the next flush, behind its request's text."""
+        speaker = self._speakers.pop(news.request, None)
+        if speaker is not None:
+            self._hear(speaker)
         self._news.append(news)
         self._has_pressing = True
 
-    def add_text(self, delta: Delta) -> None:
-        """Take a text, which may wait a moment."""
-        self._news.append(delta)
+    def add_text(self, speaker: Speaker) -> None:
+        """Note that a request may have new text, which may wait a moment."""
+        self._speakers[speaker.request] = speaker
 
     def flush(self, now: float, *, is_halfway: bool = False) -> None:
         """Send what is due at the end of a step; `is_halfway`: of its first half."""
         if self._has_pressing:
             # A first text may follow its Prefilled a step later: it does not wait.
             self.send()
-        elif self._news and not is_halfway and now - self._sent_s >= INTERVAL_S:
+        elif self._speakers and not is_halfway and now - self._sent_s >= INTERVAL_S:
             self.send()
             self._sent_s = now
 
     def send(self) -> None:
         """Send everything at once."""
+        for speaker in self._speakers.values():
+            self._hear(speaker)
+        self._speakers.clear()
         if self._news:
             news, self._news = self._news, []
             self._has_pressing = False
             self._send(Events(news))
+
+    def _hear(self, speaker: Speaker) -> None:
+        if (delta := speaker.delta()) is not None:
+            self._news.append(delta)

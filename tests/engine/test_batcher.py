@@ -87,6 +87,17 @@ def test_beside_a_stream_a_prompt_comes_in_small_chunks() -> None:
     assert [step[long] for step in steps] == [MIN_CHUNK, MIN_CHUNK, 44, 1]
 
 
+def test_streams_that_go_on_and_on_give_way_where_llama_cpp_is_full() -> None:
+    """It may say so in the midst of steps that were all alike."""
+    bench = Bench()
+    older, younger = bench.submit(5), bench.submit(5)
+    for _ in range(4):
+        assert bench.step().keys() <= {older, younger}
+    assert bench.batcher.on_kv_full() is None
+    assert bench.step() == {older: 1}
+    assert younger.n_preempted == 1
+
+
 def test_beside_a_stream_chunks_grow_where_they_are_quick() -> None:
     bench = Bench()
     bench.token_s = 0.0001

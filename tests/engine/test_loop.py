@@ -78,7 +78,7 @@ def test_one_frame_a_step_holds_the_news_of_all() -> None:
     rig.step(2)
     n_frames = rig.n_frames
     for _ in range(5):
-        rig.now += INTERVAL_S
+        rig.now += 2 * INTERVAL_S
         rig.step()
     assert rig.n_frames == n_frames + 5
     assert [rig.told[request].n_tokens for request in range(4)] == [7] * 4
@@ -94,7 +94,7 @@ def test_two_halves_of_a_step_share_a_frame(monkeypatch: pytest.MonkeyPatch) -> 
     n_told, n_frames = [], rig.n_frames
     for _ in range(5):
         for _ in range(2):
-            rig.now += INTERVAL_S
+            rig.now += 2 * INTERVAL_S
             rig.step()
         n_told.append([rig.told[request].n_tokens for request in range(4)])
     assert rig.n_frames == n_frames + 5
@@ -112,6 +112,22 @@ def test_text_of_quick_steps_shares_a_frame_but_a_first_token_and_an_end_do_not_
         rig.now += INTERVAL_S / 3
     # The first; the second, since no text was sent before; every third; the end.
     assert n_told == [1, 2, 2, 2, 5, 5, 5, 8, 9]
+
+
+def test_what_waited_for_a_frame_is_one_delta_before_the_end() -> None:
+    rig = scripted(THE, FOX, THE, FOX, EOS)
+    heard: list[ToDaemon] = []
+    rig.hear = heard.append  # type: ignore[method-assign]
+    rig.now = 1.0
+    rig.submit(1, "hi")
+    rig.finish()
+    frames = [message.events for message in heard if isinstance(message, Events)]
+    assert [[type(event) for event in frame] for frame in frames] == [
+        [Prefilled, Delta],
+        [Delta],
+        [Delta, Done],
+    ]
+    assert frames[-1][0] == Delta(1, " the fox", 2)
 
 
 def test_no_text_waits_for_a_step_that_may_be_long() -> None:
@@ -146,7 +162,7 @@ def test_a_first_token_is_told_before_others_are_drawn() -> None:
         hear(message)
 
     rig.hear = listen  # type: ignore[method-assign]
-    rig.now += INTERVAL_S
+    rig.now += 2 * INTERVAL_S
     rig.step()
     # What was held back of the first one's; the newcomer's; then the first one's next.
     assert heard == [[1], [2, 2], [1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -16,6 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shimpy.engine import halving, prefixes
+from shimpy.engine.backend import Chunk
+from shimpy.engine.batcher import Batcher
+from shimpy.engine.outbox import INTERVAL_S
 from shimpy.protocol.messages import Cancel, Done, Failed, Sampling, Submit, Text
 from tests.engine.harness import Rig, Told
 from tests.engine.reference import Expected, expect
@@ -46,9 +50,12 @@ class Workload:
     def play(self, rig: Rig, n_requests: int = 16) -> None:
         random = self._random
         is_crowded = random.random() < 0.5
+        # Text is sent after each step, or waits for others.
+        step_s = random.choice([0.0, 2 * INTERVAL_S])
         while len(self.submits) < n_requests:
             rig.send(self._submit(rig.backend.n_ctx))
             while random.random() < (0.3 if is_crowded else 0.9):
+                rig.now += step_s
                 rig.step()
             if random.random() < 0.3:
                 rig.rest()
@@ -165,6 +172,33 @@ def test_steps_in_halves_serve_right_too(kv_unified: bool, seed: int) -> None:
     with mock.patch.multiple(halving, LEAST=2, _FIRST_WAIT=1, _LONGEST_WAIT=2):
         work.play(rig)
     check_all(rig, work)
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+@settings(max_examples=60, deadline=None)
+@given(seeds)
+def test_steps_in_which_nothing_changes_are_what_they_would_be_looked_at_anew(
+    kv_unified: bool, seed: int
+) -> None:
+    batches = decoded(seed, kv_unified=kv_unified)
+    with mock.patch.object(Batcher, "_is_steady", return_value=False):
+        assert decoded(seed, kv_unified=kv_unified) == batches
+
+
+def decoded(seed: int, *, kv_unified: bool) -> list[list[Chunk]]:
+    """Return the batches of a workload."""
+    work = Workload(seed)
+    rig = Rig(FakeBackend(**work.shape, kv_unified=kv_unified))
+    batches: list[list[Chunk]] = []
+    decode = rig.backend.decode
+
+    def listen(chunks: Sequence[Chunk]) -> int:
+        batches.append(list(chunks))
+        return decode(chunks)
+
+    rig.backend.decode = listen  # type: ignore[method-assign]
+    work.play(rig)
+    return batches
 
 
 @pytest.mark.parametrize("kv_unified", [True, False])

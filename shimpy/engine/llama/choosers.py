@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Protocol
 
@@ -53,7 +54,7 @@ class Likeliest:
         """Return the likeliest token."""
         token = int(logits.argmax())
         # argmax finds a NaN where there is one.
-        if logits[token] != logits[token]:
+        if math.isnan(logits.item(token)):
             raise _nan_error()
         return token
 

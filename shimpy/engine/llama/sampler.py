@@ -61,8 +61,7 @@ class LlamaSampler:
             WorkerError: there is no such output, or the model computes NaN.
         """
         logits = self._context.row(row)
-        choose = self._choose_edited if self._has_edits else self._choose
-        token = choose(logits)
+        token = self._choose_edited(logits) if self._has_edits else self._choose(logits)
         if self._n_logprobs is None:
             return token, None
         return token, token_logprob(self._vocab, logits, token, self._n_logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import itertools
 import json
 import statistics
@@ -19,6 +20,7 @@ _PATIENCE_S = 900.0
 _PATIENCE = aiohttp.ClientTimeout(total=_PATIENCE_S)
 _READ_BYTES = 65536
 _EVENT = b"data: "
+_END = b"[DONE]"
 ACCEPTED_S = 0.02
 # Tokens of each answer that tell how fast decoding is.
 _LEAST_DECODED = 8
@@ -30,8 +32,9 @@ class Stream:
 
     started_s: float
     arrivals_s: list[float] = field(default_factory=list)
-    # How many events came with each arrival.
-    n_arrived: list[int] = field(default_factory=list)
+    # What came each time; nothing is known of the bare loop's but that it is a token each time.
+    arrived: list[bytes] = field(default_factory=list)
+    n_events: int = 0
     end_s: float = 0.0
     # Of the servers that tell.
     usage: dict[str, Any] | None = None
@@ -41,21 +44,26 @@ class Stream:
         return self.arrivals_s[0]
 
     @property
-    def n_events(self) -> int:
-        return sum(self.n_arrived)
-
-    @property
     def n_tokens(self) -> int:
         """Tokens of the answer; who tells no count sends an event for each."""
         if self.usage is None:
-            return self.n_events
+            return self.n_events or len(self.arrivals_s)
         return int(self.usage["completion_tokens"])
 
     def n_tokens_until(self, when_s: float) -> float:
-        """Return how many tokens had come by then; each event has as many as the others."""
-        arrived = zip(self.arrivals_s, self.n_arrived, strict=True)
-        n_events = sum(n for at_s, n in arrived if at_s <= when_s)
-        return n_events * self.n_tokens / self.n_events
+        """Return how many tokens had come by then.
+
+        Of a server that tells a count an event may hold several: the first to come is one token,
+        the rest has as many as its part of the text.
+        """
+        n_arrivals = bisect.bisect_right(self.arrivals_s, when_s)
+        if not n_arrivals or not self.arrived:
+            return n_arrivals
+        if self.usage is None:
+            return sum(map(_n_events, self.arrived[:n_arrivals]))
+        n_later = sum(map(_n_characters, self.arrived[1:n_arrivals]))
+        n_all_later = n_later + sum(map(_n_characters, self.arrived[n_arrivals:]))
+        return 1 + (self.n_tokens - 1) * (n_later / n_all_later if n_all_later else 0)
 
 
 def connect() -> aiohttp.ClientSession:
@@ -124,22 +132,28 @@ def _take(found: Stream, data: bytes, now_s: float) -> None:
     # The key: a text may be that word.
     if b'"error":' in data:
         raise RuntimeError(f"an error in the midst of an answer: {data!r}")
-    n = data.count(_EVENT)
-    # What says that the stream ends is no text.
-    n -= b"[DONE]" in data
+    n = _n_events(data)
     if n > 0:
         found.arrivals_s.append(now_s)
-        found.n_arrived.append(n)
+        found.arrived.append(data)
+        found.n_events += n
     if b'"usage":{' in data:
-        found.usage = _usage(data)
+        usages = [event["usage"] for event in _events(data) if event.get("usage")]
+        found.usage = usages[-1] if usages else None
 
 
-def _usage(data: bytes) -> dict[str, Any] | None:
-    for line in data.splitlines():
-        if line.startswith(_EVENT) and b'"usage":{' in line:
-            usage: dict[str, Any] = json.loads(line[len(_EVENT) :])["usage"]
-            return usage
-    return None
+def _n_events(data: bytes) -> int:
+    # What says that the stream ends is no text.
+    return data.count(_EVENT) - (_END in data)
+
+
+def _n_characters(data: bytes) -> int:
+    return sum(len(one["text"]) for event in _events(data) for one in event.get("choices", ()))
+
+
+def _events(data: bytes) -> list[dict[str, Any]]:
+    lines = [line[len(_EVENT) :] for line in data.splitlines() if line.startswith(_EVENT)]
+    return [json.loads(line) for line in lines if line != _END]
 
 
 async def post(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[float, Any]:

@@ -287,10 +287,7 @@ async def _answer_all(contender: Contender, prompts: Sequence[str], n_predict: i
         await asyncio.sleep(client.ACCEPTED_S)
         job = {"do": "generate", "prompts": list(prompts), "n_predict": n_predict}
         took = await asyncio.to_thread(contender.ask, **job)
-        answers = [
-            client.Stream(0.0, times, [1] * len(times), end_s=times[-1])
-            for times in took["arrivals_s"]
-        ]
+        answers = [client.Stream(0.0, times, end_s=times[-1]) for times in took["arrivals_s"]]
         return client.speeds(answers)
     url = f"{contender.url}/v1/completions"
     found = await asyncio.gather(
@@ -312,6 +309,8 @@ def _body(server: Server, prompt: str, n_predict: int) -> dict[str, Any]:
         "prompt": prompt,
         "max_tokens": n_predict,
         "temperature": 0,
+        # The demo model's file asks for one, which the bare loop knows nothing of.
+        "repeat_penalty": 1.0,
         "stream": True,
     }
     if server.name != "llama_cpp.server":
