@@ -7,7 +7,7 @@ llama_sampler_penalties_apply).
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,45 +23,73 @@ Ids = npt.NDArray[np.int64]
 class Penalties:
     """Lowers the logits of the tokens among the last `repeat_last_n`, the prompt's included."""
 
-    def __init__(self, sampling: Sampling, history: Sequence[int], *, n_ctx: int) -> None:
+    def __init__(
+        self, sampling: Sampling, history: Sequence[int], *, n_ctx: int, n_vocab: int
+    ) -> None:
         """Take the prompt; `repeat_last_n` -1 means the whole context."""
         self._repeat = np.float32(sampling.repeat_penalty)
         self._presence = np.float32(sampling.presence_penalty)
         self._frequency = np.float32(sampling.frequency_penalty)
         n_last = n_ctx if sampling.repeat_last_n < 0 else sampling.repeat_last_n
-        is_idle = self._repeat == 1 and self._presence == 0 and self._frequency == 0
-        self.is_active = n_last > 0 and not is_idle
+        self._repeats = self._repeat != 1
+        self._subtracts = self._presence != 0 or self._frequency != 0
+        self.is_active = n_last > 0 and bool(self._repeats or self._subtracts)
+        # Dividing alone would make a token of negative logit likelier: of the product and the
+        # quotient it is always the lower one, or with a penalty below 1 the higher.
+        self._choose = np.minimum if self._repeat > 1 else np.maximum
         self._n_last = n_last
-        self._recent: deque[int] = deque()
-        self._counts: dict[int, int] = {}
-        if self.is_active:
-            for token in history[-n_last:]:
-                self.accept(token)
+        self._recent = deque(history[-n_last:] if self.is_active else ())
+        counts = Counter(self._recent)
+        # Each token among them once, in no order; how often it is there; and its place here.
+        n_most = min(n_last, n_vocab) if self.is_active else 0
+        self._ids = np.zeros(n_most, np.int64)
+        self._counts = np.zeros(n_most, np.float32)
+        self._places = {token: place for place, token in enumerate(counts)}
+        self._ids[: len(counts)] = list(counts.keys())
+        self._counts[: len(counts)] = list(counts.values())
 
     def accept(self, token: int) -> None:
         """Remember a token that was chosen."""
         if not self.is_active:
             return
-        counts = self._counts
         if len(self._recent) == self._n_last:
-            oldest = self._recent.popleft()
-            counts[oldest] -= 1
-            if not counts[oldest]:
-                del counts[oldest]
+            self._forget(self._recent.popleft())
         self._recent.append(token)
-        counts[token] = counts.get(token, 0) + 1
+        place = self._places.get(token)
+        if place is None:
+            place = self._places[token] = len(self._places)
+            self._ids[place] = token
+            self._counts[place] = 0
+        self._counts[place] += 1
+
+    def _forget(self, token: int) -> None:
+        place = self._places[token]
+        self._counts[place] -= 1
+        if self._counts[place]:
+            return
+        del self._places[token]
+        last = len(self._places)
+        if place < last:
+            moved = int(self._ids[last])
+            self._ids[place], self._counts[place] = moved, self._counts[last]
+            self._places[moved] = place
 
     def apply(self, logits: Row) -> tuple[Ids, Row] | None:
-        """Lower the logits in place; return what restores them: ids and their old values."""
-        n = len(self._counts)
-        if not self.is_active or not n:
+        """Lower the logits in place; return what restores them: ids and their old values.
+
+        The ids are good until the next accept().
+        """
+        n = len(self._places)
+        if not n:
             return None
-        ids = np.fromiter(self._counts.keys(), np.int64, n)
-        counts = np.fromiter(self._counts.values(), np.float32, n)
-        old: Row = logits[ids]
-        # Dividing alone would make a token of negative logit likelier.
-        new = np.where(old <= 0, old * self._repeat, old / self._repeat)
-        logits[ids] = new - (counts * self._frequency + self._presence)
+        ids = self._ids[:n]
+        old: Row = logits.take(ids)
+        new = old
+        if self._repeats:
+            new = self._choose(old * self._repeat, old / self._repeat)
+        if self._subtracts:
+            new = new - (self._counts[:n] * self._frequency + self._presence)
+        logits[ids] = new
         return ids, old
 
 

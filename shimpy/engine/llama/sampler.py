@@ -41,11 +41,12 @@ class LlamaSampler:
         self._context = context
         self._vocab = vocab
         self._n_logprobs = sampling.n_logprobs
-        self._penalties = Penalties(sampling, history, n_ctx=context.n_ctx)
+        n_vocab = vocab.n_tokens
+        self._penalties = Penalties(sampling, history, n_ctx=context.n_ctx, n_vocab=n_vocab)
         biases = sampling.logit_bias
         if sampling.ignore_eos:
             biases = biases | dict.fromkeys(vocab.eog_ids, -np.inf)
-        self._bias = Bias(biases, n_vocab=vocab.n_tokens)
+        self._bias = Bias(biases, n_vocab=n_vocab)
         self._has_edits = self._penalties.is_active or self._bias.is_active
         self._grammar: Grammar | None = None
         if sampling.grammar is not None:

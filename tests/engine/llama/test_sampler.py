@@ -253,7 +253,7 @@ def test_penalties_are_llama_cpps(
         frequency_penalty=frequency,
     )
     half = len(history) // 2
-    ours = Penalties(sampling, history[:half], n_ctx=512)
+    ours = Penalties(sampling, history[:half], n_ctx=512, n_vocab=32)
     for token in history[half:]:
         ours.accept(token)
     theirs = LL.llama_sampler_init_penalties(32, n_last, repeat, frequency, presence)
