@@ -355,6 +355,8 @@ def all_scenarios() -> list[Scenario]:
         arrival("moe-300m", 1500),
         streams("demo", 32, 1, n_predict=128),
         streams("demo", 32, 8, n_predict=128),
+        streams("demo", 256, 1, n_predict=128),
+        streams("demo", 256, 8, n_predict=128),
         overhead("demo", 8, n_predict=512),
         schema("demo"),
         streams("deepseek-8b", 32, 1, n_predict=16),
