@@ -145,8 +145,7 @@ def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
         parked=None if embeds else _open_parked(load, backend, prefixes),
         # Flash attention skips what a token does not see.
         attends_idle=load.flash_attn == "off" and load.kv_unified,
-        # A GPU takes as long for a few streams as for one.
-        can_halve=not load.devices,
+        uses_gpu=bool(load.devices),
     )
     # What is here now stays: a full collection would look at all of it, between two tokens.
     gc.freeze()

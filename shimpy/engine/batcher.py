@@ -55,14 +55,15 @@ class Batcher:
         saved: SavedPrefixes | None = None,
         attends_idle: bool = False,
         can_park: bool = False,
-        can_halve: bool = False,
+        uses_gpu: bool = False,
     ) -> None:
         """Start with empty slots.
 
         `n_ctx`: the cells of all slots together, which they share if `kv_unified`. `saved`: the
         prefixes that can be restored; the caller adds and discards them. `attends_idle`: what
         idle slots hold slows down those that are busy. `can_park`: it can be copied to RAM, for
-        which the batcher then asks. `can_halve`: two batches may be quicker than one.
+        which the batcher then asks. `uses_gpu`: the time of a batch may be its own, however few
+        its tokens; on a CPU two of half of the streams may be quicker than one.
         """
         self._n_ctx = n_ctx
         # Of these cells, those that one sequence may take.
@@ -72,9 +73,9 @@ class Batcher:
         self._can_shift = can_shift
         self._attends_idle = attends_idle
         self._saved = SavedPrefixes(whole=True) if saved is None else saved
-        self._pace = Pace(n_batch)
+        self._pace = Pace(n_batch, uses_gpu=uses_gpu)
         self._turns = Turns() if attends_idle else None
-        self._halving = Halving() if can_halve else None
+        self._halving = None if uses_gpu else Halving()
         # A batch has room for one token of each sequence.
         n_slots = min(n_slots, n_batch)
         self._slots = Slots(n_slots, n_ctx, can_split=can_split, kv_unified=kv_unified)

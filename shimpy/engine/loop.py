@@ -60,15 +60,15 @@ class Engine:
         prefixes: PrefixStore | None = None,
         parked: ParkedPrefixes | None = None,
         attends_idle: bool = False,
-        can_halve: bool = False,
+        uses_gpu: bool = False,
     ) -> None:
         """Start idle; no batch is longer than the backend's `n_ubatch`.
 
         llama.cpp would only cut it up, and a cancel or a newcomer would wait for all of it.
         `embeds`: the model was loaded for embeddings. `prefixes`: where those of prompts
         outlive the process. `parked`: where those of idle slots wait in RAM; both have the same
-        list of them. `attends_idle`: what idle slots hold slows down the others. `can_halve`:
-        two batches of half of the streams may be quicker than one.
+        list of them. `attends_idle`: what idle slots hold slows down the others. `uses_gpu`:
+        layers, or their experts, are computed by one.
         """
         store = prefixes or parked
         self._backend = backend
@@ -86,7 +86,7 @@ class Engine:
             saved=None if store is None else store.saved,
             attends_idle=attends_idle,
             can_park=parked is not None,
-            can_halve=can_halve,
+            uses_gpu=uses_gpu,
         )
         self._prefixes = prefixes
         self._parked = parked

@@ -66,8 +66,14 @@ class _Known(msgspec.Struct, frozen=True):
 class Pace:
     """Learns from each batch how long those of its size take."""
 
-    def __init__(self, n_most: int) -> None:
+    def __init__(self, n_most: int, *, uses_gpu: bool = False) -> None:
+        """No batch has more than `n_most` tokens.
+
+        `uses_gpu`: where one size is all that is known, longer batches are taken to be as quick,
+        as with experts in RAM, and so they are tried; on a CPU to take as long for each token.
+        """
         self._n_most = n_most
+        self._uses_gpu = uses_gpu
         # By the power of two that is nearest to their number of tokens.
         self._known: dict[int, _Known] = {}
         # Of them, in order, what says something of batches as deep as the last one.
@@ -140,7 +146,8 @@ class Pace:
         known = self._alike
         if len(known) == 1:
             # Nothing tells what a batch costs by itself.
-            return known[0].seconds * n_tokens / known[0].n_tokens
+            n_times = 1.0 if self._uses_gpu else n_tokens / known[0].n_tokens
+            return known[0].seconds * n_times
         above = next((i for i, k in enumerate(known) if k.n_tokens >= n_tokens), len(known) - 1)
         low, high = known[max(0, above - 1)], known[max(1, above)]
         slope = (high.seconds - low.seconds) / (high.n_tokens - low.n_tokens)

@@ -114,7 +114,6 @@ class Rig:
             prefixes=store,
             parked=self.parked if parked_bytes else None,
             attends_idle=bool(parked_bytes) and self.backend.kv_unified,
-            can_halve=True,
         )
 
     def _open(self, prefixes: Path) -> PrefixStore:

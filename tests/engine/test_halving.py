@@ -29,7 +29,7 @@ class Machine(Bench):
     """A bench that takes seconds(n) for a batch of n streams."""
 
     def __init__(self, seconds: Callable[[int], float], n_streams: int, **shape: bool) -> None:
-        super().__init__(n_slots=16, n_ctx=16384, can_halve=True, **shape)
+        super().__init__(n_slots=16, n_ctx=16384, **shape)
         self.seconds = seconds
         self.sizes: list[int] = []
         self.streams = [self.submit(4) for _ in range(n_streams)]

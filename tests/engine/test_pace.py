@@ -12,10 +12,14 @@ from shimpy.engine.pace import LEAST_CHUNK, MIN_CHUNK, STALL_S, Pace
 
 
 def settle(
-    seconds: Callable[[int], float], *, n_most: int = 2048, before: tuple[int, ...] = ()
+    seconds: Callable[[int], float],
+    *,
+    n_most: int = 2048,
+    before: tuple[int, ...] = (),
+    uses_gpu: bool = False,
 ) -> list[int]:
     """The sizes of 40 chunks on a machine that takes seconds(n) for n tokens."""
-    pace = Pace(n_most)
+    pace = Pace(n_most, uses_gpu=uses_gpu)
     for n in before:
         pace.on_batch(n, seconds(n))
     sizes = []
@@ -115,8 +119,10 @@ def test_after_a_long_prompt_they_are_as_before() -> None:
     assert pace.chunk == MIN_CHUNK
 
 
-def test_on_a_gpu_they_grow_to_what_the_stall_allows() -> None:
-    assert set(settle(lambda n: 0.008 + n * 0.00008, before=(512,))) == {1024}
+@pytest.mark.parametrize("before", [(), (40,), (130,), (512,)])
+def test_on_a_gpu_they_grow_to_what_the_stall_allows(before: tuple[int, ...]) -> None:
+    sizes = settle(lambda n: 0.008 + n * 0.00008, before=before, uses_gpu=True)
+    assert set(sizes[4:]) == {1024}
 
 
 # DeepSeek-MoE-16B with its experts in page-locked RAM, on an H200 (docs/performance.md): an
@@ -124,11 +130,22 @@ def test_on_a_gpu_they_grow_to_what_the_stall_allows() -> None:
 @pytest.mark.parametrize(
     "seconds", [lambda n: 0.107 + n * 0.0000625, lambda n: 0.03 + 0.0053 * n**0.5]
 )
-@pytest.mark.parametrize("before", [(512,), (514,), (500, 2048), (64, 256), (90, 200)])
+@pytest.mark.parametrize(
+    "before", [(), (40,), (130,), (130, 128), (512,), (514,), (500, 2048), (64, 256), (90, 200)]
+)
 def test_where_most_of_the_cost_is_the_batchs_own_they_are_long(
     seconds: Callable[[int], float], before: tuple[int, ...]
 ) -> None:
-    assert settle(seconds, before=before)[6:] == [2048] * 34
+    """Whatever came before the first stream, such as short prompts of one size."""
+    assert settle(seconds, before=before, uses_gpu=True)[8:] == [2048] * 32
+
+
+@pytest.mark.parametrize("before", [(), (130,), (130, 128)])
+def test_a_gpu_that_gains_nothing_by_long_ones_is_tried_once(before: tuple[int, ...]) -> None:
+    """Behind a slow bus, say: a chunk of twice as many, and they are short again."""
+    sizes = settle(lambda n: n * 0.001, before=before, uses_gpu=True)
+    assert max(sizes) <= 2 * MIN_CHUNK
+    assert sum(n > MIN_CHUNK for n in sizes) <= 1
 
 
 def test_one_slow_batch_is_forgotten_with_the_next() -> None:
