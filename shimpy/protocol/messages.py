@@ -331,7 +331,7 @@ StepEvent = Delta | Prefilled | Done | Failed
 
 
 class Events(_Message, frozen=True):
-    """All that one step of the engine has to say: one frame a step, not one a token."""
+    """All that one step of the engine has to say, or a few quick ones: not a frame a token."""
 
     events: list[StepEvent]
 
