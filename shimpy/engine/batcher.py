@@ -79,6 +79,9 @@ class Batcher:
         # A batch has room for one token of each sequence.
         n_slots = min(n_slots, n_batch)
         self._slots = Slots(n_slots, n_ctx, can_split=can_split, kv_unified=kv_unified)
+        # Slots whose cells nothing has used yet: the first batch of each takes longer, as the
+        # system hands out their RAM then.
+        self._unused = set() if kv_unified else set(range(n_slots))
         self._parker = None
         if can_park:
             self._parker = Parker(self._slots, self._saved, attends_idle=attends_idle)
@@ -140,6 +143,11 @@ class Batcher:
 
     def on_timed(self, batch: Batch, elapsed_s: float) -> None:
         """Learn from how long a batch took; who waits for its tokens need not wait for this."""
+        if self._unused:
+            first = self._unused.intersection(chunk.slot for chunk in batch.chunks)
+            self._unused -= first
+            if first:
+                return
         if batch.n_prefill:
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
             if self._turns is not None:

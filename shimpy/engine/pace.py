@@ -160,7 +160,7 @@ def _alike(known: Iterable[_Known], depth: int) -> list[_Known]:
     Attention takes the longer the deeper: what a batch took near the beginning of a prompt says
     nothing deep inside of one, nor what it took beside many others of a lone one. And a long one
     takes little longer than as many tokens in short ones: where it did, something else took the
-    time, such as the first use of slots.
+    time.
     """
     least, most = depth / _ALIKE - _SHALLOW, depth * _ALIKE + _SHALLOW
     alike = [one for one in known if least <= one.depth <= most]

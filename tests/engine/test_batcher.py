@@ -98,6 +98,40 @@ def test_streams_that_go_on_and_on_give_way_where_llama_cpp_is_full() -> None:
     assert younger.n_preempted == 1
 
 
+class NewMachine(Bench):
+    """Slots have cells of their own; the first use of each takes a fifth of a second."""
+
+    def __init__(self) -> None:
+        super().__init__(kv_unified=False, n_slots=8, n_ctx=8 * 4096, n_ctx_seq=4096)
+        self.used: set[int] = set()
+
+    def took_s(self, batch: Batch) -> float:
+        slots = {chunk.slot for chunk in batch.chunks}
+        n_new = len(slots - self.used)
+        self.used |= slots
+        return 0.03 + 0.0014 * batch.n_prefill + 0.2 * n_new
+
+    def answer(self, *n_tokens: int) -> None:
+        """Have so many prompts at once, each answered with a token."""
+        for n in n_tokens:
+            self.submit(n, n_predict=1)
+        self.run()
+
+
+def test_nothing_is_learnt_from_the_first_use_of_a_slot() -> None:
+    """Long batches would look as quick as the short ones that were the first."""
+    bench = NewMachine()
+    for n_tokens in ([39] * 2, [39] * 3, [39] * 3, [33], [250], [33], [250], [33]):
+        bench.answer(*n_tokens)
+    assert len(bench.used) == 8
+    bench.submit(33)
+    bench.step()
+    late, sizes = bench.submit(1500), []
+    while not late.n_generated:
+        sizes.append(bench.step().get(late, 0))
+    assert 0 < max(sizes) <= MIN_CHUNK
+
+
 def test_beside_a_stream_chunks_grow_where_they_are_quick() -> None:
     bench = Bench()
     bench.token_s = 0.0001

@@ -92,7 +92,7 @@ def test_a_guess_is_at_most_twice_as_long_as_what_was_seen() -> None:
     assert pace.chunk == 48
 
 
-def test_slots_that_are_used_for_the_first_time_say_nothing_of_long_batches() -> None:
+def test_batches_that_were_far_slower_than_short_ones_say_nothing_of_long_ones() -> None:
     pace = Pace(512)
     for n, seconds in ((117, 0.776), (78, 0.697), (32, 0.088)):
         pace.on_batch(n, seconds)
