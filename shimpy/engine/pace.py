@@ -70,7 +70,9 @@ class Pace:
         """No batch has more than `n_most` tokens.
 
         `uses_gpu`: where one size is all that is known, longer batches are taken to be as quick,
-        as with experts in RAM, and so they are tried; on a CPU to take as long for each token.
+        as with experts in RAM, and so they are tried; on a CPU to take as long for each token. And
+        where nothing else is known of batches as deep, what others took says something, too: depth
+        costs a GPU little.
         """
         self._n_most = n_most
         self._uses_gpu = uses_gpu
@@ -107,6 +109,8 @@ class Pace:
         oldest = self._n_batches - _KEPT
         self._known = {n: known for n, known in sorted(self._known.items()) if known.last > oldest}
         self._alike = _alike(self._known.values(), depth)
+        if self._uses_gpu and len(self._alike) == 1:
+            self._alike = list(self._known.values())
         before, self._wanted = self._wanted, min(self._choose(), self._n_most)
         is_long = self._expected_s(self._wanted) > LONG_S
         # One slow batch makes long ones look good, until the next.

@@ -140,6 +140,33 @@ def test_where_most_of_the_cost_is_the_batchs_own_they_are_long(
     assert settle(seconds, before=before, uses_gpu=True)[8:] == [2048] * 32
 
 
+def prefill(pace: Pace, seconds: Callable[[int], float], n_tokens: int) -> list[int]:
+    """The sizes of a long prompt's chunks, each behind those before it."""
+    sizes: list[int] = []
+    while (depth := sum(sizes)) < n_tokens:
+        sizes.append(pace.chunk)
+        pace.on_batch(pace.chunk, seconds(pace.chunk) + 1e-6 * depth, depth=depth)
+    return sizes
+
+
+def test_deep_inside_of_a_prompt_a_gpu_goes_on_as_before() -> None:
+    """What longer batches took near its beginning tells how much longer they take."""
+    pace = Pace(2048, uses_gpu=True)
+    pace.on_batch(130, 0.115)
+    sizes = prefill(pace, lambda n: 0.107 + n * 0.0000625, 30_000)
+    assert min(sizes[8:]) >= 1024
+    again = prefill(pace, lambda n: 0.107 + n * 0.0000625, 30_000)
+    assert min(again) >= 512
+    assert min(again[4:]) >= 1024
+
+
+def test_nor_does_it_try_there_what_gained_nothing() -> None:
+    pace = Pace(2048, uses_gpu=True)
+    pace.on_batch(130, 0.13)
+    sizes = prefill(pace, lambda n: n * 0.001, 8000)
+    assert sum(n > MIN_CHUNK for n in sizes) <= 2
+
+
 @pytest.mark.parametrize("before", [(), (130,), (130, 128)])
 def test_a_gpu_that_gains_nothing_by_long_ones_is_tried_once(before: tuple[int, ...]) -> None:
     """Behind a slow bus, say: a chunk of twice as many, and they are short again."""
