@@ -143,12 +143,7 @@ class Batcher:
 
     def on_timed(self, batch: Batch, elapsed_s: float) -> None:
         """Learn from how long a batch took; who waits for its tokens need not wait for this."""
-        if self._unused:
-            first = self._unused.intersection(chunk.slot for chunk in batch.chunks)
-            self._unused -= first
-            if first:
-                return
-        if batch.n_prefill:
+        if batch.n_prefill and not self._is_first_use(batch):
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
             if self._turns is not None:
                 n_tokens = sum(len(chunk.tokens) for chunk in batch.chunks)
@@ -157,6 +152,13 @@ class Batcher:
             self._parker.on_batch(elapsed_s, batch.n_prefill)
         if self._halving is not None and batch.n_streams:
             self._halving.on_batch(batch.n_streams, batch.part, elapsed_s)
+
+    def _is_first_use(self, batch: Batch) -> bool:
+        if not self._unused:
+            return False
+        first = self._unused.intersection(chunk.slot for chunk in batch.chunks)
+        self._unused -= first
+        return bool(first)
 
     def on_token(self, sequence: Sequence, token: int) -> bool:
         """Append a sampled token; return whether the sequence may go on after it."""
@@ -270,11 +272,15 @@ class Batcher:
         return None
 
     def _again(self) -> Batch | None:
-        """Return the same step once more; None: there are too few cells for it."""
+        """Return the same step once more; None: too few cells for it, or it is in halves now."""
         sequences = self._steady
-        if self._slots.kv_unified and self._slots.cells.n_free < len(sequences):
+        n = len(sequences)
+        if self._slots.kv_unified and self._slots.cells.n_free < n:
             return None
-        return Batch([], [_chunk(sequence, 1) for sequence in sequences], sequences, 0, 0)
+        if self._halving is not None and self._halving.divides(n):
+            return None
+        chunks = [_chunk(sequence, 1) for sequence in sequences]
+        return Batch([], chunks, sequences, 0, 0, "whole", n)
 
     def _copy_beside(self) -> Park | None:
         if self._parker is None or not self._parker.is_costly:
@@ -371,15 +377,13 @@ class Batcher:
             n_prefill = sum(n for _, n in prompts)
         depth = self._depth(chunks) if n_prefill else 0
         ops = self._slots.take_ops()
-        if not n_prefill and not ops and self._is_steady(sequences):
+        if not n_prefill and not ops and part == "whole" and self._is_steady(sequences):
             self._steady = sequences
         return Batch(ops, chunks, sequences, n_prefill, depth, part, n_streams)
 
     def _is_steady(self, sequences: list[Sequence]) -> bool:
         """Whether the same step comes again and again, of all that there are."""
         if len(sequences) < len(self._running) or self._admission:
-            return False
-        if self._halving is not None and self._halving.may_divide(len(sequences)):
             return False
         return self._parker is None or not self._parker.is_costly
 

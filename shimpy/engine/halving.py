@@ -77,10 +77,6 @@ class Halving:
         # The streams of the step whose first half was computed last, and its seconds.
         self._first: tuple[int, float] = (0, 0.0)
 
-    def may_divide(self, n_streams: int) -> bool:
-        """Whether steps of so many streams are ever computed in halves."""
-        return LEAST <= n_streams <= MOST
-
     def is_halfway(self, generating: Collection[Sequence]) -> bool:
         """Whether the second half of a step comes next, before anything else."""
         return any(sequence in generating for sequence in self._rest)
@@ -91,7 +87,7 @@ class Halving:
         if rest:
             return rest, self._n_streams, "second"
         n = self._n_streams = len(generating)
-        if not self._is_halved(n):
+        if not self.divides(n):
             return generating, n, "whole"
         n_first = (n + 1) // 2
         self._rest = generating[n_first:]
@@ -112,8 +108,9 @@ class Halving:
         elif n_first == n_streams:
             choice.on_step(first_s + elapsed_s, was_halved=True)
 
-    def _is_halved(self, n_streams: int) -> bool:
-        if not self.may_divide(n_streams):
+    def divides(self, n_streams: int) -> bool:
+        """Whether the next step of so many streams is one in halves."""
+        if not LEAST <= n_streams <= MOST:
             return False
         choice = self._choices.setdefault(n_streams, _Choice())
         return choice.is_halved is not choice.tries_other

@@ -86,7 +86,7 @@ def test_one_frame_a_step_holds_the_news_of_all() -> None:
 
 def test_two_halves_of_a_step_share_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """The daemon need not wake up for each."""
-    monkeypatch.setattr(Halving, "_is_halved", lambda _, n_streams: n_streams > 1)
+    monkeypatch.setattr(Halving, "divides", lambda _, n_streams: n_streams > 1)
     rig = scripted(*[THE] * 99)
     for request in range(4):
         rig.submit(request, "hi", n_predict=99)

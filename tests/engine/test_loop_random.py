@@ -175,14 +175,17 @@ def test_steps_in_halves_serve_right_too(kv_unified: bool, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kv_unified", [True, False])
+@pytest.mark.parametrize("least", [halving.LEAST, 2])
 @settings(max_examples=60, deadline=None)
 @given(seeds)
 def test_steps_in_which_nothing_changes_are_what_they_would_be_looked_at_anew(
-    kv_unified: bool, seed: int
+    least: int, kv_unified: bool, seed: int
 ) -> None:
-    batches = decoded(seed, kv_unified=kv_unified)
-    with mock.patch.object(Batcher, "_is_steady", return_value=False):
-        assert decoded(seed, kv_unified=kv_unified) == batches
+    """Where steps are tried in halves now and then, too."""
+    with mock.patch.multiple(halving, LEAST=least, _FIRST_WAIT=3, _LONGEST_WAIT=3):
+        batches = decoded(seed, kv_unified=kv_unified)
+        with mock.patch.object(Batcher, "_is_steady", return_value=False):
+            assert decoded(seed, kv_unified=kv_unified) == batches
 
 
 def decoded(seed: int, *, kv_unified: bool) -> list[list[Chunk]]:
