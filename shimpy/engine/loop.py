@@ -116,7 +116,8 @@ class Engine:
 
     def step(self) -> None:
         """Take in what has arrived, run one batch, and send what it gave."""
-        while not self._inbox.empty():
+        # empty() takes the lock, in each step.
+        while self._inbox.queue:
             self._on_work(self._inbox.get_nowait())
         now = self._clock()
         todo = self._batcher.next_batch(now)
