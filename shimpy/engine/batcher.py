@@ -95,9 +95,8 @@ class Batcher:
         )
         self._running: list[Sequence] = []
         self._full: list[Sequence] = []
-        # All that run, in the order of the last batch, which held a token of each, as long as
-        # nothing has happened since but that each has got its next one.
-        self._steady: list[Sequence] = []
+        # All that ran in the last step, in its order, if it was a whole one without prompts.
+        self._stepped: list[Sequence] = []
         self._n_submitted = 0
         # Prompts and streams have batches in turn, and of prompts the oldest and the shortest.
         self._is_prompts_turn = self._is_oldests_turn = False
@@ -122,7 +121,6 @@ class Batcher:
     def submit(self, sequence: Sequence) -> None:
         """Put a sequence into the queue; its prompt is shorter than the context."""
         assert 0 < len(sequence.tokens) < self._n_ctx_seq
-        self._steady = []
         self._n_submitted += 1
         sequence.order = self._n_submitted
         if not self._can_shift:
@@ -143,7 +141,7 @@ class Batcher:
 
     def on_timed(self, batch: Batch, elapsed_s: float) -> None:
         """Learn from how long a batch took; who waits for its tokens need not wait for this."""
-        if batch.n_prefill and not self._is_first_use(batch):
+        if batch.n_prefill and not self._note_use(batch):
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
             if self._turns is not None:
                 n_tokens = sum(len(chunk.tokens) for chunk in batch.chunks)
@@ -153,7 +151,8 @@ class Batcher:
         if self._halving is not None and batch.n_streams:
             self._halving.on_batch(batch.n_streams, batch.part, elapsed_s)
 
-    def _is_first_use(self, batch: Batch) -> bool:
+    def _note_use(self, batch: Batch) -> bool:
+        """Note which slots a batch used; return whether one of them for the first time."""
         if not self._unused:
             return False
         first = self._unused.intersection(chunk.slot for chunk in batch.chunks)
@@ -170,7 +169,6 @@ class Batcher:
             return True
         if sequence.n_keep is None:
             return False
-        self._steady = []
         self._full.append(sequence)
         return True
 
@@ -179,7 +177,6 @@ class Batcher:
 
         Returns the only running sequence when there is nothing left to give up.
         """
-        self._steady = []
         if self._slots.evict(self._n_ctx):
             return None
         if len(self._running) == 1:
@@ -204,7 +201,6 @@ class Batcher:
 
     def finish(self, sequence: Sequence, *, keep_kv: bool = True) -> None:
         """Take a sequence out, wherever it is; its KV stays for later prompts."""
-        self._steady = []
         if sequence.slot is None:
             self._admission.remove(sequence)
             return
@@ -249,9 +245,8 @@ class Batcher:
 
         The same batch may be asked for again after on_kv_full or on_kv_refused.
         """
-        if self._steady and (again := self._again()) is not None:
-            return again
-        self._steady = []
+        if self._is_steady():
+            return self._again()
         # In this order: a leader's tokens must not move before its followers share them.
         self._attach_followers()
         self._shift_full()
@@ -271,16 +266,24 @@ class Batcher:
             self._preempt()
         return None
 
-    def _again(self) -> Batch | None:
-        """Return the same step once more; None: too few cells for it, or it is in halves now."""
-        sequences = self._steady
-        n = len(sequences)
-        if self._slots.kv_unified and self._slots.cells.n_free < n:
-            return None
+    def _is_steady(self) -> bool:
+        """Whether nothing has happened since the last step but that each has got its next token.
+
+        All of them still run if they are as many: others begin to run only in a look at who waits.
+        """
+        n = len(self._stepped)
+        if not n or n != len(self._running) or self._admission or self._full:
+            return False
+        if self._slots.has_ops or (self._slots.kv_unified and self._slots.cells.n_free < n):
+            return False
         if self._halving is not None and self._halving.divides(n):
-            return None
+            return False
+        return self._parker is None or not self._parker.is_costly
+
+    def _again(self) -> Batch:
+        sequences = self._stepped
         chunks = [_chunk(sequence, 1) for sequence in sequences]
-        return Batch([], chunks, sequences, 0, 0, "whole", n)
+        return Batch([], chunks, sequences, 0, 0, "whole", len(sequences))
 
     def _copy_beside(self) -> Park | None:
         if self._parker is None or not self._parker.is_costly:
@@ -377,15 +380,10 @@ class Batcher:
             n_prefill = sum(n for _, n in prompts)
         depth = self._depth(chunks) if n_prefill else 0
         ops = self._slots.take_ops()
-        if not n_prefill and not ops and part == "whole" and self._is_steady(sequences):
-            self._steady = sequences
+        # Behind a shift slots have not been gathered yet.
+        is_plain = part == "whole" and not n_prefill and not ops
+        self._stepped = sequences if is_plain and len(sequences) == len(self._running) else []
         return Batch(ops, chunks, sequences, n_prefill, depth, part, n_streams)
-
-    def _is_steady(self, sequences: list[Sequence]) -> bool:
-        """Whether the same step comes again and again, of all that there are."""
-        if len(sequences) < len(self._running) or self._admission:
-            return False
-        return self._parker is None or not self._parker.is_costly
 
     def _share_out(self, prefilling: list[Sequence], n_tokens: int, now: float) -> Shares:
         if not self._slots.kv_unified:

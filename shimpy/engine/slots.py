@@ -69,6 +69,11 @@ class Slots:
         """Whether an idle slot holds what there was no room for a copy of."""
         return any(slot.tokens and slot.is_spare is False for slot in self._slots)
 
+    @property
+    def has_ops(self) -> bool:
+        """Whether operations were noted since they were taken."""
+        return bool(self._ops)
+
     def take_ops(self) -> list[KvOp]:
         """Return the operations noted since the last call."""
         ops, self._ops = self._ops, []

@@ -119,8 +119,14 @@ def test_after_a_long_prompt_they_are_as_before() -> None:
     assert pace.chunk == MIN_CHUNK
 
 
-@pytest.mark.parametrize("before", [(), (40,), (130,), (512,)])
-def test_on_a_gpu_they_grow_to_what_the_stall_allows(before: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("uses_gpu", [False, True])
+def test_on_a_gpu_they_grow_to_what_the_stall_allows(uses_gpu: bool) -> None:
+    sizes = settle(lambda n: 0.008 + n * 0.00008, before=(512,), uses_gpu=uses_gpu)
+    assert set(sizes) == {1024}
+
+
+@pytest.mark.parametrize("before", [(), (40,), (130,)])
+def test_after_short_prompts_that_takes_a_gpu_a_few_chunks(before: tuple[int, ...]) -> None:
     sizes = settle(lambda n: 0.008 + n * 0.00008, before=before, uses_gpu=True)
     assert set(sizes[4:]) == {1024}
 
@@ -130,13 +136,19 @@ def test_on_a_gpu_they_grow_to_what_the_stall_allows(before: tuple[int, ...]) ->
 @pytest.mark.parametrize(
     "seconds", [lambda n: 0.107 + n * 0.0000625, lambda n: 0.03 + 0.0053 * n**0.5]
 )
-@pytest.mark.parametrize(
-    "before", [(), (40,), (130,), (130, 128), (512,), (514,), (500, 2048), (64, 256), (90, 200)]
-)
+@pytest.mark.parametrize("before", [(512,), (514,), (500, 2048), (64, 256), (90, 200)])
+@pytest.mark.parametrize("uses_gpu", [False, True])
 def test_where_most_of_the_cost_is_the_batchs_own_they_are_long(
+    seconds: Callable[[int], float], before: tuple[int, ...], uses_gpu: bool
+) -> None:
+    assert settle(seconds, before=before, uses_gpu=uses_gpu)[6:] == [2048] * 34
+
+
+@pytest.mark.parametrize("seconds", [lambda n: 0.107 + n * 0.0000625])
+@pytest.mark.parametrize("before", [(), (40,), (130,), (130, 128)])
+def test_on_a_gpu_they_are_long_after_short_prompts_of_one_size_too(
     seconds: Callable[[int], float], before: tuple[int, ...]
 ) -> None:
-    """Whatever came before the first stream, such as short prompts of one size."""
     assert settle(seconds, before=before, uses_gpu=True)[8:] == [2048] * 32
 
 
