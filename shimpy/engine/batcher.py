@@ -197,7 +197,7 @@ class Batcher:
         """Note whether a cache was copied, and how long that took."""
         assert self._parker is not None, "nothing may be copied"
         is_waited_for = bool(self._running or self._admission)
-        self._parker.on_copied(park, elapsed_s if is_waited_for else 0.0, is_kept=is_kept)
+        self._parker.on_copied(park, elapsed_s, is_kept=is_kept, is_waited_for=is_waited_for)
 
     def finish(self, sequence: Sequence, *, keep_kv: bool = True) -> None:
         """Take a sequence out, wherever it is; its KV stays for later prompts."""
@@ -228,13 +228,17 @@ class Batcher:
     # --- in quiet moments ---
 
     @property
-    def may_copy(self) -> bool:
-        """Whether nothing runs, and there may be something to copy to RAM."""
-        is_quiet = not self._running and not self._admission
-        return is_quiet and self._parker is not None and self._parker.has_some
+    def quiet_s(self) -> float | None:
+        """For how long nothing has to run before `next_copy`.
+
+        None: something runs, or there is nothing to copy to RAM.
+        """
+        if self._running or self._admission or self._parker is None:
+            return None
+        return self._parker.quiet_s
 
     def next_copy(self) -> Park | None:
-        """Return what to copy to RAM where `may_copy`; None: nothing that has to be, or may be."""
+        """Return what to copy to RAM after `quiet_s`; None: nothing that has to be, or may be."""
         assert self._parker is not None, "nothing may be copied"
         return self._parker.next_in_quiet()
 

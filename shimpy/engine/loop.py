@@ -22,7 +22,6 @@ from shimpy.engine.intake import Inbox, Inputs, Prompted, Work
 from shimpy.engine.outbox import Outbox
 from shimpy.engine.parked import ParkedPrefixes
 from shimpy.engine.parker import Park
-from shimpy.engine.parking import QUIET_S
 from shimpy.engine.prefix_store import PrefixStore
 from shimpy.engine.sequence import KvCopy, KvExchange, KvOp, KvRemove, KvShift, Sequence
 from shimpy.engine.text_embeddings import TextEmbeddings
@@ -100,6 +99,8 @@ class Engine:
         self._untouched = Untouched(backend.untouched_bytes)
         self._stats = Stats(0, 0, 0)
         self._stats_sent_s = -STATS_INTERVAL_S
+        # When the last batch was computed.
+        self._decoded_s = 0.0
         self._is_stopping = False
         self._save_s = 0.0
 
@@ -143,9 +144,10 @@ class Engine:
 
         In between copy what idles, a slot at a time: whoever comes then waits for no more.
         """
-        if self._batcher.may_copy:
+        if (quiet_s := self._batcher.quiet_s) is not None:
+            left_s = max(0.0, self._decoded_s + quiet_s - self._clock())
             with contextlib.suppress(queue.Empty):
-                self._on_work(self._inbox.get(timeout=QUIET_S))
+                self._on_work(self._inbox.get(timeout=left_s))
                 return
             if (park := self._batcher.next_copy()) is not None:
                 self._park(park)
@@ -212,7 +214,7 @@ class Engine:
             self._fail_batch(batch, error)
             return
         if status == DecodeStatus.OK:
-            now = self._clock()
+            self._decoded_s = now = self._clock()
             self._batcher.on_decoded(batch)
             self._sample(batch, now)
             self._batcher.on_timed(batch, now - started_s)

@@ -11,7 +11,7 @@ import msgspec
 
 from shimpy.engine.parking import Parking, without_strewn
 from shimpy.engine.prefixes import MIN_PARKED_GAIN, SavedPrefix, SavedPrefixes
-from shimpy.engine.sequence import ATTENDED_CELLS, IdleCache, KvOp, Match, Sequence
+from shimpy.engine.sequence import ATTENDED_CELLS, IdleCache, KvOp, Sequence
 from shimpy.engine.slots import Slots
 
 
@@ -40,9 +40,10 @@ class Parker:
         self._may_copy = True
 
     @property
-    def has_some(self) -> bool:
-        """Whether there may be something to copy in a quiet moment."""
-        return bool(self._unsettled())
+    def quiet_s(self) -> float | None:
+        """For how long nothing has to run before the next copy; None: there is none to make."""
+        caches = self._unsettled()
+        return self._parking.quiet_s(len(caches[0].tokens)) if caches else None
 
     @property
     def is_costly(self) -> bool:
@@ -70,7 +71,7 @@ class Parker:
         self, slot_id: int | None, running: Sequences[Sequence], soon: Sequences[Sequence]
     ) -> Park | None:
         """Return the copy to make of what a slot holds that is about to be emptied; None: none."""
-        caches = self._unsettled_of(slot_id)
+        caches = [] if slot_id is None else self._unsettled_of([slot_id])
         if not self._is_due(running, soon):
             caches = [without_strewn(cache) for cache in caches]
         return self._choose(caches, may_cut=True)
@@ -89,24 +90,31 @@ class Parker:
         """Note how long a batch took, and how many of its tokens were of prompts."""
         self._parking.on_batch(elapsed_s, n_prefill)
 
-    def on_copied(self, park: Park, waited_s: float, *, is_kept: bool) -> None:
-        """Note whether a cache was copied, and how long somebody waited for it."""
+    def on_copied(
+        self, park: Park, elapsed_s: float, *, is_kept: bool, is_waited_for: bool
+    ) -> None:
+        """Note whether a cache was copied, how long it took, and whether somebody waited."""
         self._slots.settle(park.slot, is_spare=is_kept)
-        self._parking.on_copy(waited_s)
+        if is_waited_for:
+            self._parking.on_copy(elapsed_s)
+        if is_kept:
+            self._parking.on_kept(len(park.tokens), elapsed_s)
 
     # --- which ---
 
     def _unsettled(self) -> list[IdleCache]:
         """Return what idles and may have to leave the KV cache for the next that comes.
 
-        Where it costs the others nothing, that is what the next slot to be emptied holds.
+        Where it costs the others nothing, that is what as many slots hold as ran side by side
+        last: as many may come next, and the last of them would wait for all copies.
         """
         if self._attends_idle:
             return self._slots.unsettled()
-        return self._unsettled_of(self._slots.next_emptied(Match(), for_restore=False))
+        return self._unsettled_of(self._slots.first_emptied(self._slots.n_abreast))
 
-    def _unsettled_of(self, slot_id: int | None) -> list[IdleCache]:
-        return [cache for cache in self._slots.unsettled() if cache.slot == slot_id]
+    def _unsettled_of(self, slot_ids: list[int]) -> list[IdleCache]:
+        caches = {cache.slot: cache for cache in self._slots.unsettled()}
+        return [caches[slot_id] for slot_id in slot_ids if slot_id in caches]
 
     def _wanted(self, soon: Sequences[Sequence]) -> set[int]:
         """Return the slots whose caches the next in the queue go on from."""

@@ -51,6 +51,8 @@ class Slots:
         self.is_unsettled = False
         # Batches of more than one sequence, whose cells lie mixed.
         self.n_mixed = 0
+        # The most sequences that have run side by side since one began alone.
+        self.n_abreast = 0
         # A slot was taken or left since gather() last looked.
         self._is_stirred = False
 
@@ -97,6 +99,11 @@ class Slots:
         if not for_restore and self._is_taken_over(match, spare):
             return None
         return None if spare is None else spare.id
+
+    def first_emptied(self, n: int) -> list[int]:
+        """Return the idle slots that the next `n` sequences would empty if they match nothing."""
+        idle = [slot for slot in self._slots if slot.sequence is None]
+        return [slot.id for slot in sorted(idle, key=_emptied_order)[:n]]
 
     def place(self, sequence: Sequence, match: Match) -> None:
         """Give a sequence an idle slot and the prefix that was found for it.
@@ -352,12 +359,14 @@ class Slots:
     def _least_recent(self, but: Slot | None) -> Slot | None:
         return min(
             (slot for slot in self._slots if slot.sequence is None and slot is not but),
-            key=lambda slot: (bool(slot.tokens), not slot.is_spare, slot.last_used),
+            key=_emptied_order,
             default=None,
         )
 
     def _occupy(self, slot: Slot, sequence: Sequence) -> None:
         slot.sequence = sequence
+        n_busy = sum(one.sequence is not None for one in self._slots)
+        self.n_abreast = 1 if n_busy == 1 else max(self.n_abreast, n_busy)
         self._is_stirred = True
         slot.tokens = []
         sequence.slot = slot
@@ -383,3 +392,8 @@ class Slots:
         sequence.n_kv = n
         if not sequence.n_preempted:
             sequence.n_cached = n
+
+
+def _emptied_order(slot: Slot) -> tuple[bool, bool, int]:
+    """Return what is less of the slot that the next sequence gets: one that loses nothing."""
+    return bool(slot.tokens), not slot.is_spare, slot.last_used

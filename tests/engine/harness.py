@@ -154,7 +154,7 @@ class Rig:
     def rest(self) -> None:
         """Let the engine be idle for so long that all is copied that may be."""
         batcher = self.engine._batcher
-        while batcher.may_copy and (park := batcher.next_copy()) is not None:
+        while batcher.quiet_s is not None and (park := batcher.next_copy()) is not None:
             self.engine._park(park)
 
     def finish(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
+from unittest import mock
 
 import pytest
 
@@ -467,6 +469,42 @@ def test_what_was_given_up_is_told_at_once() -> None:
     rig.send(LimitParked(1 << 20))
     rig.step(2)
     assert len(rig.stats) <= n_told + 1
+
+
+def test_copies_follow_each_other_once_it_was_quiet_for_long_enough() -> None:
+    rig = Rig(FakeBackend(n_ctx=512, n_slots=3, kv_unified=False), parked_bytes=1 << 20)
+    for request in range(3):
+        rig.submit(request, f"{request} " * 30, n_predict=2)
+    rig.now = 5.0
+    rig.finish()
+    waits: list[float | None] = []
+
+    def get(timeout: float | None) -> NoReturn:
+        waits.append(timeout)
+        raise queue.Empty
+
+    with mock.patch.object(rig.intake.inbox, "get", get):
+        for rig.now in (5.001, 5.03, 5.04):
+            rig.engine._wait()
+    first_s, *later_s = waits
+    assert first_s is not None
+    assert 0 < first_s < 0.05
+    assert later_s == [0, 0]
+    assert len(list(rig.parked.saved)) == 3
+    assert rig.engine._batcher.quiet_s is None
+
+
+def test_who_comes_in_a_quiet_moment_waits_for_no_copy() -> None:
+    rig = Rig(FakeBackend(n_ctx=512, n_slots=3, kv_unified=False), parked_bytes=1 << 20)
+    rig.submit(1, "once " * 30, n_predict=2)
+    rig.finish()
+    # Long enough for a copy; but it is there already.
+    rig.now = 100.0
+    rig.submit(2, "then " * 30, n_predict=2)
+    rig.engine._wait()
+    assert not list(rig.parked.saved)
+    rig.finish()
+    assert rig.told[2].done.reason == "length"
 
 
 def test_a_limit_is_nothing_to_who_parks_nothing() -> None:

@@ -10,7 +10,7 @@ import pytest
 from shimpy.engine.admission import Restore
 from shimpy.engine.batcher import Batch
 from shimpy.engine.parker import Park
-from shimpy.engine.parking import SHARE, Parking
+from shimpy.engine.parking import PATIENCE, SHARE, Parking
 from shimpy.engine.prefixes import MIN_PARKED, SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import ATTENDED_CELLS, Sequence
 from tests.engine.test_batcher import Bench
@@ -35,7 +35,8 @@ class Parker(Bench):
         return work
 
     def rest(self) -> None:
-        while self.batcher.may_copy and (park := self.batcher.next_copy()) is not None:
+        batcher = self.batcher
+        while batcher.quiet_s is not None and (park := batcher.next_copy()) is not None:
             self.carry_out(park)
 
     def carry_out(self, work: Park | Restore | None) -> None:
@@ -77,13 +78,68 @@ def test_in_a_quiet_moment_it_is_copied_and_stays() -> None:
     first = bench.answer(900)
     bench.rest()
     assert (bench.parked, bench.batcher.n_kv_used) == ([900], 900)
-    assert not bench.batcher.may_copy
+    assert bench.batcher.quiet_s is None
     again = bench.answer([*first.tokens, 1, 2])
     assert (again.n_cached, bench.restored) == (900, [])
     bench.rest()
     bench.copy_s = 1e9
     bench.answer(50)
     assert (bench.parked, bench.batcher.n_kv_used) == ([900], 50)
+
+
+def own_cells(n_slots: int) -> Parker:
+    """Return a bench where what idle slots hold costs nobody anything."""
+    return Parker(n_slots=n_slots, n_ctx=n_slots * 1024, kv_unified=False, attends_idle=False)
+
+
+def burst(bench: Parker, n: int) -> list[Sequence]:
+    """Run so many prompts side by side; return them."""
+    sequences = [bench.submit(60 + i, n_predict=3) for i in range(n)]
+    bench.run()
+    return sequences
+
+
+def test_as_many_slots_are_ready_for_others_as_ran_side_by_side() -> None:
+    """Else the last of the next burst would wait for all copies."""
+    bench = own_cells(8)
+    burst(bench, 8)
+    bench.rest()
+    assert len(bench.parked) == 8
+    bench.copy_s = 1e9
+    burst(bench, 8)
+    assert len(bench.parked) == 8
+
+
+def test_of_prompts_that_come_one_by_one_a_slot_is_ready() -> None:
+    bench = own_cells(3)
+    burst(bench, 3)
+    bench.answer(80)
+    bench.rest()
+    # The one that made way for the fourth, and the next to make way.
+    assert len(bench.parked) == 2
+    bench.rest()
+    assert len(bench.parked) == 2
+
+
+def test_slots_that_hold_nothing_are_ready() -> None:
+    bench = own_cells(8)
+    burst(bench, 4)
+    bench.rest()
+    assert bench.parked == []
+    burst(bench, 3)
+    bench.rest()
+    # One was empty still, and the two that were used first.
+    assert bench.parked == [62, 63]
+
+
+def test_whoever_comes_back_after_a_burst_goes_on_in_its_slot() -> None:
+    bench = own_cells(4)
+    chats = burst(bench, 4)
+    bench.rest()
+    for chat in chats:
+        again = bench.answer([*chat.tokens, 7])
+        assert again.n_cached == chat.n_prompt + 2
+    assert bench.restored == []
 
 
 def test_what_was_parked_comes_back_for_who_goes_on_from_it() -> None:
@@ -174,7 +230,7 @@ def test_without_room_for_a_copy_the_newest_stays() -> None:
         bench.answer(900)
     assert bench.batcher.n_kv_used == 2 * 900
     bench.rest()
-    assert not bench.batcher.may_copy or bench.batcher.next_copy() is None
+    assert bench.batcher.quiet_s is None or bench.batcher.next_copy() is None
 
 
 def test_a_window_is_copied_as_its_slot_is_emptied_and_from_its_prompt_on() -> None:
@@ -215,7 +271,7 @@ def test_nothing_is_parked_where_it_gains_nothing_or_can_t_be(
         bench.submit(900, n_predict=1)
         bench.step()
         bench.step()
-        assert not bench.batcher.may_copy
+        assert bench.batcher.quiet_s is None
 
 
 def test_a_debt_is_paid_by_batches_and_forgiven_by_quiet() -> None:
@@ -230,6 +286,28 @@ def test_a_debt_is_paid_by_batches_and_forgiven_by_quiet() -> None:
     parking.on_copy(9.0)
     parking.on_quiet()
     assert parking.is_due(0, 100)
+
+
+def test_a_copy_waits_for_ten_times_as_long_as_it_takes() -> None:
+    parking = Parking()
+    unknown_s = parking.quiet_s(1000)
+    parking.on_copy(9.0)
+    assert parking.quiet_s(1000) == unknown_s
+    parking.on_kept(500, 0.02)
+    assert parking.quiet_s(1000) == pytest.approx(PATIENCE * 0.04)
+    # A client that goes on at once has a moment, and long chats are copied some time.
+    assert 0 < parking.quiet_s(1) == parking.quiet_s(2)
+    assert parking.quiet_s(10**6) == parking.quiet_s(10**7)
+
+
+def test_copies_that_came_to_nothing_tell_nothing() -> None:
+    bench = Parker()
+    bench.has_room, bench.copy_s = False, 1e-9
+    bench.answer(900)
+    unknown_s = bench.batcher.quiet_s
+    bench.rest()
+    bench.answer(900)
+    assert bench.batcher.quiet_s == unknown_s is not None
 
 
 def test_long_prompts_to_come_pay_in_advance() -> None:
