@@ -95,8 +95,8 @@ class Batcher:
         )
         self._running: list[Sequence] = []
         self._full: list[Sequence] = []
-        # All that ran in the last step, in its order, if it was a whole one without prompts.
-        self._stepped: list[Sequence] = []
+        # The last step, if it was a whole one of all that run, without prompts.
+        self._step: Batch | None = None
         self._n_submitted = 0
         # Prompts and streams have batches in turn, and of prompts the oldest and the shortest.
         self._is_prompts_turn = self._is_oldests_turn = False
@@ -249,8 +249,8 @@ class Batcher:
 
         The same batch may be asked for again after on_kv_full or on_kv_refused.
         """
-        if self._is_steady():
-            return self._again()
+        if (step := self._step) is not None and self._comes_again(step):
+            return _next_of(step)
         # In this order: a leader's tokens must not move before its followers share them.
         self._attach_followers()
         self._shift_full()
@@ -270,24 +270,19 @@ class Batcher:
             self._preempt()
         return None
 
-    def _is_steady(self) -> bool:
-        """Whether nothing has happened since the last step but that each has got its next token.
+    def _comes_again(self, step: Batch) -> bool:
+        """Whether nothing has happened since a step but that each has got its next token.
 
         All of them still run if they are as many: others begin to run only in a look at who waits.
         """
-        n = len(self._stepped)
-        if not n or n != len(self._running) or self._admission or self._full:
+        n = len(step.sequences)
+        if n != len(self._running) or self._admission or self._full:
             return False
         if self._slots.has_ops or (self._slots.kv_unified and self._slots.cells.n_free < n):
             return False
         if self._halving is not None and self._halving.divides(n):
             return False
         return self._parker is None or not self._parker.is_costly
-
-    def _again(self) -> Batch:
-        sequences = self._stepped
-        chunks = [_chunk(sequence, 1) for sequence in sequences]
-        return Batch([], chunks, sequences, 0, 0, "whole", len(sequences))
 
     def _copy_beside(self) -> Park | None:
         if self._parker is None or not self._parker.is_costly:
@@ -386,8 +381,9 @@ class Batcher:
         ops = self._slots.take_ops()
         # Behind a shift slots have not been gathered yet.
         is_plain = part == "whole" and not n_prefill and not ops
-        self._stepped = sequences if is_plain and len(sequences) == len(self._running) else []
-        return Batch(ops, chunks, sequences, n_prefill, depth, part, n_streams)
+        batch = Batch(ops, chunks, sequences, n_prefill, depth, part, n_streams)
+        self._step = batch if is_plain and len(sequences) == len(self._running) else None
+        return batch
 
     def _share_out(self, prefilling: list[Sequence], n_tokens: int, now: float) -> Shares:
         if not self._slots.kv_unified:
@@ -419,3 +415,13 @@ def _chunk(sequence: Sequence, n: int) -> Chunk:
     tokens = sequence.tokens[start : start + n]
     is_last = start + n >= len(sequence.tokens)
     return Chunk(sequence.slot.id, start, tokens, is_last, n - len(tokens))
+
+
+def _next_of(step: Batch) -> Batch:
+    """Return the step after one without prompts or operations: the next token of each."""
+    sequences = step.sequences
+    pairs = zip(step.chunks, sequences, strict=True)
+    chunks = [
+        Chunk(chunk.slot, one.n_kv, one.tokens[-1:], chunk.wants_logits) for chunk, one in pairs
+    ]
+    return Batch([], chunks, sequences, 0, 0, n_streams=step.n_streams)

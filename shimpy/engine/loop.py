@@ -122,12 +122,15 @@ class Engine:
             self._on_work(self._inbox.get_nowait())
         now = self._clock()
         todo = self._batcher.next_batch(now)
-        if not (isinstance(todo, Batch) and not todo.n_prefill):
-            # It may take long, or is the last step for now.
-            self._outbox.send()
+        if isinstance(todo, Batch):
+            if todo.n_prefill:
+                # It may take long.
+                self._outbox.send()
+            self._run(todo, now)
+            self._flush(is_halfway=todo.part == "first")
+            return
+        self._outbox.send()
         match todo:
-            case Batch() as batch:
-                self._run(batch, now)
             case Restore() as restore:
                 self._restore(restore)
             case Park() as park:
@@ -135,7 +138,7 @@ class Engine:
             case None if self._embeddings:
                 for answer in self._embeddings.step():
                     self._send(answer)
-        self._flush(is_halfway=isinstance(todo, Batch) and todo.part == "first")
+        self._flush()
 
     # --- in ---
 

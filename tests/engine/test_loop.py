@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shimpy.engine import loop
 from shimpy.engine.backend import Chunk
@@ -111,9 +113,36 @@ def test_text_of_quick_steps_shares_a_frame_but_a_first_token_and_an_end_do_not_
     for _ in range(9):
         rig.step()
         n_told.append(rig.told[1].n_tokens)
-        rig.now += INTERVAL_S / 3
+        rig.now += 0.3 * INTERVAL_S
     # The first; the second, since no text was sent before; every third; the end.
     assert n_told == [1, 2, 2, 2, 5, 5, 5, 8, 9]
+
+
+@pytest.mark.parametrize("n_ms", [9, 14, 30])
+def test_each_step_of_a_common_model_has_a_frame(n_ms: int) -> None:
+    rig = scripted(*[THE] * 9)
+    rig.now = 1.0
+    rig.submit(1, "hi", n_predict=9)
+    for n_told in range(1, 9):
+        rig.step()
+        assert rig.told[1].n_tokens == n_told
+        rig.now += n_ms / 1000
+
+
+@given(st.lists(st.floats(0.0001, 0.0083), min_size=20, max_size=60))
+def test_no_text_is_later_than_a_screen_shows_it(steps_s: list[float]) -> None:
+    """But where a step takes longer than the one before."""
+    rig = scripted(*[THE] * 99)
+    rig.now = 1.0
+    rig.submit(1, "hi", n_predict=99)
+    rig.step(2)
+    sent_s, n_told = rig.now, rig.told[1].n_tokens
+    for before_s, step_s in pairwise([0.0, *steps_s]):
+        rig.now += step_s
+        rig.step()
+        if rig.told[1].n_tokens > n_told:
+            sent_s, n_told = rig.now, rig.told[1].n_tokens
+        assert rig.now - sent_s <= INTERVAL_S + max(0.0, step_s - before_s)
 
 
 def test_what_waited_for_a_frame_is_one_delta_before_the_end() -> None:

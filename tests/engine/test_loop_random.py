@@ -184,7 +184,7 @@ def test_steps_in_which_nothing_changes_are_what_they_would_be_looked_at_anew(
     """Where steps are tried in halves now and then, too."""
     with mock.patch.multiple(halving, LEAST=least, _FIRST_WAIT=3, _LONGEST_WAIT=3):
         batches = decoded(seed, kv_unified=kv_unified)
-        with mock.patch.object(Batcher, "_is_steady", return_value=False):
+        with mock.patch.object(Batcher, "_comes_again", return_value=False):
             assert decoded(seed, kv_unified=kv_unified) == batches
 
 

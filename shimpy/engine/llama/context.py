@@ -81,7 +81,8 @@ class Context:
         self._n_vocab: int = LL.llama_vocab_n_tokens(model.vocab_handle)
         self._batch = Batch(self.n_batch)
         self._n_outputs = 0
-        self._logits = np.zeros((0, self._n_vocab), np.float32)
+        # Of each output there may be; to make such a view takes longer than to look it up.
+        self._rows: list[Row] = []
         self._logits_at = 0
 
     def decode(self, chunks: Sequence[Chunk]) -> int:
@@ -121,8 +122,7 @@ class Context:
             raise WorkerError(
                 f"logits of output {index} were asked for; the last decode gave {self._n_outputs}"
             )
-        row: Row = self._logits[index]
-        return row
+        return self._rows[index]
 
     def states(self, chunks: Sequence[Chunk]) -> Rows:
         """Decode a token of each of some slots; return `(len(chunks), n_embd)`, the last states.
@@ -264,7 +264,7 @@ class Context:
             return
         address: int = _get_logits(self.handle)
         if address != self._logits_at:
-            self._logits = _matrix(address, self.n_slots, self._n_vocab)
+            self._rows = list(_matrix(address, self.n_slots, self._n_vocab))
             self._logits_at = address
         self._n_outputs = n_outputs
 
