@@ -54,6 +54,8 @@ class Prompts:
         if not text:
             return []
         tokenize = self._backend.tokenize
+        if len(texts) == 1:
+            return tokenize(text, parse_special=texts[0].parse_special)
         special = [tokenize(t.text, parse_special=True) for t in texts if t.parse_special]
         whole = tokenize(text, parse_special=bool(special))
         if not special or self._controls(whole) == self._controls(chain(*special)):

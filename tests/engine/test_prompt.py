@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,15 @@ def test_parts_follow_each_other() -> None:
 def test_control_tokens_are_parsed_only_where_that_is_allowed() -> None:
     assert tokenize(Text("<ctl>", parse_special=True)) == [CONTROL]
     assert tokenize(Text("<ctl>")) == list(b"<ctl>")
+
+
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_one_part_is_tokenized_once(parse_special: bool) -> None:
+    backend = FakeBackend()
+    with mock.patch.object(backend, "tokenize", wraps=backend.tokenize) as spy:
+        ids = tokenize(Text("hi <ctl>", parse_special=parse_special), backend=backend)
+    assert ids == backend.tokenize("hi <ctl>", parse_special=parse_special)
+    assert spy.call_count == 1
 
 
 def test_a_users_control_token_stays_text_between_parts_of_a_template() -> None:
