@@ -15,6 +15,8 @@ MIN_SHARED = 16
 # Where each slot has cells of its own, a part of another's is shared by a copy of all of it:
 # that may have so many times the tokens.
 MAX_COPIED = 16
+# Tokens that are compared at first.
+_FEW = 8
 
 
 def best_match(
@@ -45,6 +47,10 @@ def _match(sequence: Sequence, slot: Slot, *, can_split: bool, kv_unified: bool)
     owner = slot.sequence
     known = slot.tokens if owner is None else owner.tokens
     n_kv = n_held(slot)
+    n_least = MIN_SHARED if can_split and is_part(MIN_SHARED - 1, n_kv) else 0
+    if known[:n_least] != sequence.tokens[:n_least]:
+        # Fewer are of no use, as below, and most prompts differ within these.
+        return Match()
     n_common = common_prefix(known, sequence.tokens)
     n_common = min(n_common, len(sequence.tokens) - 1, slot.n_exact)
     if n_common < slot.n_whole:
@@ -74,10 +80,12 @@ def is_part(n: int, n_idle: int) -> bool:
 
 
 def common_prefix(a: Tokens[int], b: Tokens[int]) -> int:
-    """Return the length of the longest common prefix, comparing slices at C speed."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
+    """Return the length of the longest common prefix, comparing longer and longer slices."""
+    low, n, size = 0, min(len(a), len(b)), _FEW
+    while a[low : (high := min(low + size, n))] == b[low:high]:
+        if high == n:
+            return n
+        low, size = high, 2 * size
     # Equal up to low, not equal up to high.
     while high - low > 1:
         middle = (low + high) // 2

@@ -71,7 +71,7 @@ class Parker:
         self, slot_id: int | None, running: Sequences[Sequence], soon: Sequences[Sequence]
     ) -> Park | None:
         """Return the copy to make of what a slot holds that is about to be emptied; None: none."""
-        caches = [] if slot_id is None else self._unsettled_of([slot_id])
+        caches = self._slots.unsettled_of([] if slot_id is None else [slot_id])
         if not self._is_due(running, soon):
             caches = [without_strewn(cache) for cache in caches]
         return self._choose(caches, may_cut=True)
@@ -106,15 +106,12 @@ class Parker:
         """Return what idles and may have to leave the KV cache for the next that comes.
 
         Where it costs the others nothing, that is what as many slots hold as ran side by side
-        last: as many may come next, and the last of them would wait for all copies.
+        last: as many may come next, and the last of them would wait for all copies. The first that
+        one of them empties comes first.
         """
         if self._attends_idle:
             return self._slots.unsettled()
-        return self._unsettled_of(self._slots.first_emptied(self._slots.n_abreast))
-
-    def _unsettled_of(self, slot_ids: list[int]) -> list[IdleCache]:
-        caches = {cache.slot: cache for cache in self._slots.unsettled()}
-        return [caches[slot_id] for slot_id in slot_ids if slot_id in caches]
+        return self._slots.unsettled_of(self._slots.first_emptied(self._slots.n_abreast))[::-1]
 
     def _wanted(self, soon: Sequences[Sequence]) -> set[int]:
         """Return the slots whose caches the next in the queue go on from."""

@@ -6,7 +6,7 @@ loop to carry out before the next decode; the books run ahead of the cache by no
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from shimpy.engine.cells import Cells
 from shimpy.engine.gather import exchanges
@@ -212,6 +212,11 @@ class Slots:
         """Return those of the idle caches that were not looked at; not of the slots `but`."""
         slots = [slot for slot in self._slots if slot.is_spare is None and slot.id not in but]
         return self._caches_of(slots)
+
+    def unsettled_of(self, slot_ids: Iterable[int]) -> list[IdleCache]:
+        """Return those of some slots, the last used first."""
+        slots = [self._slots[slot_id] for slot_id in slot_ids]
+        return self._caches_of([slot for slot in slots if slot.is_spare is None])
 
     def settle(self, slot_id: int, *, is_spare: bool) -> None:
         """Note whether what an idle slot holds may leave the KV cache."""

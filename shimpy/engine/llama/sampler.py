@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -126,7 +127,7 @@ def _check(sampling: Sampling) -> None:
         "dynatemp_exponent",
     ):
         value = getattr(sampling, option)
-        if not np.isfinite(value):
+        if not math.isfinite(value):
             raise InvalidOptionError(f"{option} is {value}, which is no number", option=option)
     if sampling.repeat_penalty <= 0:
         raise InvalidOptionError(
