@@ -7,6 +7,7 @@ from tests.benchmarks.peers.targets import (
     Verdict,
     at_least,
     at_most,
+    of_streams,
     summary,
     verdicts,
 )
@@ -56,6 +57,29 @@ def test_to_be_as_good_as_the_bare_loop_is_told_but_meets_nothing(
     assert found.is_at_limit == end.startswith("(as good")
     assert str(found).startswith("met" if found.is_met else "MISSED")
     assert str(found).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("prefill_ms", "word"), [(9.2, "met"), (10.4, "within"), (10.5, "within"), (10.6, "MISSED")]
+)
+def test_of_short_work_the_daemon_may_add_a_moment(prefill_ms: float, word: str) -> None:
+    numbers = {"shimpy": prefill_ms, "bare": 9.0}
+    rounds = [{who: {"prefill_per_s": 32e3 / n, "prefill_ms": n} for who, n in numbers.items()}]
+    targets = [one for one in of_streams(1) if one.metric == "prefill_per_s"]
+    (found,) = verdicts("work", targets, rounds)
+    assert str(found).startswith(f"{word} ")
+    assert (found.is_met, found.is_within) == (word == "met", word == "within")
+    assert found.is_green == (word != "MISSED")
+    if word != "met":
+        assert str(found).endswith(f"({prefill_ms - 9:.2f} ms more; 1.5 may be added)")
+
+
+def test_of_long_work_a_moment_is_no_excuse() -> None:
+    numbers = {"shimpy": 1040.0, "bare": 1000.0}
+    rounds = [{who: {"prefill_per_s": 1e6 / n, "prefill_ms": n} for who, n in numbers.items()}]
+    targets = [one for one in of_streams(8) if one.metric == "prefill_per_s"]
+    (found,) = verdicts("work", targets, rounds)
+    assert not found.is_green
 
 
 def test_what_was_missed_is_told_last() -> None:

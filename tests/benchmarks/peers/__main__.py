@@ -66,7 +66,7 @@ def main() -> int:
             report.save(arguments.json, machine, measure.results)
         if arguments.plots:
             report.plot(arguments.plots, measure.results)
-    return 0 if all(verdict.is_met for verdict in found) else 1
+    return 0 if all(verdict.is_green for verdict in found) else 1
 
 
 def _print_report(

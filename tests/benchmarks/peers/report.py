@@ -38,6 +38,15 @@ def ratios_to(rounds: Rounds, contender: str, metric: str, *, of: str = US) -> l
     ]
 
 
+def differences_to(rounds: Rounds, contender: str, metric: str) -> list[float]:
+    """Return what shimpy's number is over another's, of each round that has both."""
+    return [
+        one[US][metric] - one[contender][metric]
+        for one in rounds
+        if metric in one.get(US, {}) and metric in one.get(contender, {})
+    ]
+
+
 def median_of(rounds: Rounds, contender: str, metric: str) -> float | None:
     """Return a contender's median; None: it has no such number."""
     return _median(numbers_of(rounds, contender, metric))
