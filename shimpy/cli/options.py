@@ -12,6 +12,8 @@ from shimpy.units import parse_bytes
 
 # protocol.messages.KvType, without the import: `--help` stays quick.
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+# protocol.messages.LoadMode.
+LOAD_MODES = ("mmap", "locked")
 
 F = TypeVar("F", bound=Callable[..., Any])
 

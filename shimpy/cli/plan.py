@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shimpy.cli.options import (
+    LOAD_MODES,
     complete_model,
     config_option,
     json_option,
@@ -61,6 +62,11 @@ def _parse_cpu_moe(_ctx: click.Context, _param: click.Parameter, value: str | No
     help="Experts in RAM: by free memory, all, none, or those of the first N layers.",
 )
 @kv_type_option
+@click.option(
+    "--load-mode",
+    type=click.Choice(LOAD_MODES),
+    help="Map the file, or hold the weights in RAM for good, page-locked for a GPU.",
+)
 @config_option
 @json_option
 def command(
@@ -72,6 +78,7 @@ def command(
     slots: int | None,
     cpu_moe: CpuMoe | None,
     kv_type: Any,
+    load_mode: Any,
     config_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -87,14 +94,15 @@ def command(
     from shimpy.placement.explain import plan_to_json
 
     plan = None
+    asked = {"n_ctx": n_ctx, "n_slots": slots, "kv_type": kv_type, "load_mode": load_mode}
     if config_file is None and not is_file(model):
-        asked = {"n_ctx": n_ctx, "n_slots": slots, "cpu_moe": cpu_moe, "kv_type": kv_type}
-        plan = _ask_daemon({"model": model, "vram": supposed_cards(vram), "ram": ram, **asked})
+        supposed = {"vram": supposed_cards(vram), "ram": ram}
+        plan = _ask_daemon({"model": model, "cpu_moe": cpu_moe, **supposed, **asked})
     if plan is None:
         setup_logging("warning", "auto")
         config = load_config(file=config_file).config
         name, found = find_model(model, config)
-        options = plan_options(config, n_ctx=n_ctx, n_slots=slots, cpu_moe=cpu_moe, kv_type=kv_type)
+        options = plan_options(config, cpu_moe=cpu_moe, **asked)
         hardware = find_hardware(config, vram=vram, ram=ram)
         plan = plan_to_json(make_report(name, found, hardware, options, config))
     if as_json:
@@ -190,17 +198,14 @@ def _ask_daemon_for_files(name: str, error: NotFoundError) -> list[Path]:
         raise error from None
 
 
-def plan_options(
-    config: Config, *, n_ctx: int | None, n_slots: int | None, cpu_moe: CpuMoe | None, kv_type: Any
-) -> PlanOptions:
-    """Return the options that the daemon would plan with, but for those given here."""
+def plan_options(config: Config, *, cpu_moe: CpuMoe | None, **given: Any) -> PlanOptions:
+    """Return the options that the daemon would plan with, but for those `given` here."""
     from msgspec.structs import replace
 
     from shimpy.placement.placement import PlanOptions
     from shimpy.scheduler.loads import with_defaults
 
-    given = PlanOptions(n_ctx=n_ctx, n_slots=n_slots, kv_type=kv_type)
-    options = with_defaults(given, config)
+    options = with_defaults(PlanOptions(**given), config)
     # Here "auto" is an answer, too.
     return options if cpu_moe is None else replace(options, cpu_moe=cpu_moe)
 

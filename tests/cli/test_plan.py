@@ -82,6 +82,8 @@ def test_the_table_shows_the_ladder_and_marks_the_choice(model_file: Path) -> No
         (("--cpu-moe", "OFF"), {"n_cpu_moe": 0, "mode": "partial-gpu"}),
         (("--cpu-moe", "20"), {"n_cpu_moe": 20, "moe_layers_in_ram": 19}),
         (("--kv-type", "q8_0"), {"kv_type": "q8_0"}),
+        (("--load-mode", "mmap"), {"load_mode": "mmap"}),
+        (("--load-mode", "locked"), {"load_mode": "locked"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -48,6 +48,9 @@ async def test_a_plan_for_a_supposed_machine(app: Running) -> None:
     assert plan["placement"]["mode"] == "experts-in-ram"
     assert plan["placement"]["n_ctx"] >= 128
     assert plan["host"]["available_bytes"] == 64 * GIB
+    for load_mode in ("mmap", "locked"):
+        mapped = await _plan(app, vram="24GiB", ram="64GiB", cpu_moe="on", load_mode=load_mode)
+        assert mapped["placement"]["load_mode"] == load_mode
     one_card = await _plan(app, vram="24GiB", cpu_moe=False)
     assert one_card["placement"]["mode"] == "gpu"
     assert [device["free_bytes"] for device in one_card["devices"]] == [24 * GIB]
@@ -66,7 +69,8 @@ async def test_what_does_not_fit_is_an_answer_too(app: Running) -> None:
         ({"vram": "lots"}, "vram"),
         ({"ram": -1}, "ram"),
         ({"cpu_moe": "maybe"}, "cpu_moe"),
-        ({"kv_type": "q3"}, "kv_type"),
+        ({"kv_type": "q3"}, "kv_type must be one of f32, f16,"),
+        ({"load_mode": "disk"}, "load_mode must be one of mmap, locked, not 'disk'"),
         ({"n_ctx": "8k"}, "n_ctx"),
         ({"n_ctx": -8}, "n_ctx"),
         ({"vram": [True]}, "vram"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 
 from shimpy.errors import InvalidOptionError
 from shimpy.placement.placement import CpuMoe, PlanOptions
-from shimpy.protocol.messages import KvType
+from shimpy.protocol.messages import KvType, LoadMode
 from shimpy.server.planning import Supposition
 from shimpy.units import parse_bytes
 
@@ -31,6 +31,7 @@ class PlanBody(msgspec.Struct):
     n_cpu_moe: int | None = None
     cpu_moe: str | int | bool | None = None
     kv_type: str | None = None
+    load_mode: str | None = None
 
 
 def parse_supposition(body: PlanBody) -> Supposition:
@@ -45,7 +46,8 @@ def parse_supposition(body: PlanBody) -> Supposition:
         n_slots=body.n_slots,
         n_gpu_layers=body.n_gpu_layers,
         cpu_moe=body.n_cpu_moe if body.n_cpu_moe is not None else _cpu_moe(body.cpu_moe),
-        kv_type=_kv_type(body.kv_type),
+        kv_type=_one_of(KvType, "kv_type", body.kv_type),
+        load_mode=_one_of(LoadMode, "load_mode", body.load_mode),
     )
     return Supposition(
         vram_bytes=None if cards is None else [_size("vram", card) for card in cards],
@@ -78,9 +80,10 @@ def _cpu_moe(value: str | int | bool | None) -> CpuMoe:  # noqa: FBT001 - the wi
     return cast("CpuMoe", value)
 
 
-def _kv_type(value: str | None) -> KvType | None:
-    if value is not None and value not in get_args(KvType):
+def _one_of(kind: Any, name: str, value: str | None) -> Any:
+    """Return a value of one of the literals that `kind` is made of, or None."""
+    if value is not None and value not in get_args(kind):
         raise InvalidOptionError(
-            f"kv_type must be one of {', '.join(get_args(KvType))}, not {value!r}", option="kv_type"
+            f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}", option=name
         )
-    return cast("KvType | None", value)
+    return value
