@@ -21,6 +21,9 @@ LEAST: Final = 8
 MOST: Final = 14
 # Steps that are compared.
 _N_COMPARED: Final = 3
+# Before the first trial: a model's first steps take longer than those to come, which would make
+# halves look quicker.
+_N_BEFORE: Final = 16
 # Between two trials: twice as many after each that changed nothing.
 _FIRST_WAIT: Final = 32
 _LONGEST_WAIT: Final = 2048
@@ -39,7 +42,7 @@ class _Choice:
         self._latest: deque[float] = deque(maxlen=_N_COMPARED)
         self._tried: list[float] = []
         self._wait = _FIRST_WAIT
-        self._n_left = _N_COMPARED
+        self._n_left = _N_BEFORE
 
     @property
     def tries_other(self) -> bool:

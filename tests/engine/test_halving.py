@@ -65,7 +65,7 @@ def test_where_they_are_not_trials_become_rare(n_streams: int) -> None:
     bench = Machine(plain, n_streams)
     bench.run_steps(N_STEPS)
     n_halved = sum(size < n_streams for size in bench.sizes) / 2
-    # After 3, 64 and 128 steps more, three each time; and then after 256.
+    # After 16, 64 and 128 steps more, three each time; and then after 256.
     assert n_halved == (9 if LEAST <= n_streams <= MOST else 0)
 
 
@@ -99,6 +99,19 @@ def test_where_it_makes_little_difference_steps_stay_whole() -> None:
     bench.run_steps(N_STEPS)
     n_halved = sum(size < 8 for size in bench.sizes) / 2
     assert n_halved == 9
+
+
+def test_steps_that_are_slow_at_first_choose_nothing() -> None:
+    """A cache takes its memory then, and nothing is warm."""
+    n_slow = iter(range(4))
+
+    def warming(n: int) -> float:
+        return (0.004 + 0.010 * n) * (1 if next(n_slow, None) is None else 1.3)
+
+    bench = Machine(warming, 8)
+    bench.run_steps(120)
+    n_halved = sum(size < 8 for size in bench.sizes) / 2
+    assert n_halved == 6
 
 
 def test_a_machine_that_changes_is_found_out() -> None:
