@@ -7,7 +7,7 @@ It is parked in RAM while the model is loaded, or in a file on disk, also afterw
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -74,7 +74,11 @@ class SavedPrefixes:
         """
         self.whole = whole
         self._can_cut = can_cut
-        self._prefixes = {prefix.name: prefix for prefix in prefixes}
+        self._prefixes: dict[str, SavedPrefix] = {}
+        # The same by their first tokens: who shares fewer with one has no use for it.
+        self._by_head: dict[bytes, dict[str, SavedPrefix]] = {}
+        for prefix in prefixes:
+            self.add(prefix)
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -85,10 +89,21 @@ class SavedPrefixes:
     def add(self, prefix: SavedPrefix) -> None:
         """Know of one more."""
         self._prefixes[prefix.name] = prefix
+        self._by_head.setdefault(_head(prefix.tokens), {})[prefix.name] = prefix
 
     def discard(self, name: str) -> None:
         """Forget one."""
-        self._prefixes.pop(name, None)
+        prefix = self._prefixes.pop(name, None)
+        if prefix is None:
+            return
+        alike = self._by_head[_head(prefix.tokens)]
+        del alike[name]
+        if not alike:
+            del self._by_head[_head(prefix.tokens)]
+
+    def _alike(self, tokens: array[int]) -> Iterable[SavedPrefix]:
+        """Return those that begin as these tokens do."""
+        return self._by_head.get(_head(tokens), {}).values()
 
     def touch(self, prefix: SavedPrefix) -> None:
         """Note that one was used just now."""
@@ -103,16 +118,12 @@ class SavedPrefixes:
         """
         wanted = array("i", tokens[:-1])
         best: tuple[SavedPrefix, int] | None = None
-        for prefix in self._prefixes.values():
-            # Most share nothing: they are told apart at once, however long.
-            n_least = prefix.min_gain
-            if prefix.tokens[:n_least] != wanted[:n_least]:
-                continue
+        for prefix in self._alike(wanted):
             n_known = len(prefix.tokens)
             n_common = common_prefix(prefix.tokens, wanted)
             gain = n_common - n_resident
             if (
-                gain < n_least
+                gain < prefix.min_gain
                 or n_known > prefix.max_excess * gain
                 or (self.whole and n_common < n_known)
             ):
@@ -128,14 +139,26 @@ class SavedPrefixes:
         """
         tokens = self._worth_saving(cache)
         packed = array("i", tokens)
-        if len(tokens) < MIN_PARKED or any(self._contains(one, packed) for one in self):
+        if len(tokens) < MIN_PARKED or any(map(self._serves(packed), self._alike(packed))):
             return []
         return tokens
+
+    def _serves(self, tokens: array[int]) -> Callable[[SavedPrefix], bool]:
+        """Return whether a state would be restored for these tokens, but for some of the last."""
+        n_least = len(tokens) - MIN_PARKED_GAIN + 1
+
+        def serves(state: SavedPrefix) -> bool:
+            if self.whole:
+                return state.tokens == tokens
+            return n_least >= state.min_gain and state.tokens[:n_least] == tokens[:n_least]
+
+        return serves
 
     def covered(self, tokens: Sequence[int]) -> list[SavedPrefix]:
         """Return what is parked and needless beside a state of these tokens."""
         packed = SavedPrefix("", array("i", tokens), 0, is_parked=True)
-        return [one for one in self if one.is_parked and self._contains(packed, one.tokens)]
+        alike = self._alike(packed.tokens)
+        return [one for one in alike if one.is_parked and self._contains(packed, one.tokens)]
 
     def choose_saves(self, caches: Iterable[IdleCache]) -> list[Save]:
         """Return what to save of the idle caches, in their order, and of what is parked.
@@ -191,6 +214,10 @@ class SavedPrefixes:
             return state.tokens == tokens
         n_least = max(0, len(tokens) - state.min_gain + 1)
         return state.tokens[:n_least] == tokens[:n_least]
+
+
+def _head(tokens: array[int]) -> bytes:
+    return tokens[:MIN_PARKED_GAIN].tobytes()
 
 
 def _rank(prefix: SavedPrefix, n_common: int) -> tuple[int, bool, int]:

@@ -13,6 +13,8 @@ from shimpy.engine import prefixes
 from shimpy.engine.prefixes import (
     MAX_EXCESS,
     MIN_GAIN,
+    MIN_PARKED,
+    MIN_PARKED_GAIN,
     MIN_SAVED,
     Save,
     SavedPrefix,
@@ -116,6 +118,29 @@ def test_what_is_on_disk_but_for_its_end_is_not_written_again() -> None:
     assert known.choose_saves([cache(0, A[: 500 - MIN_GAIN] + B)])[0].covers == ()
 
 
+def test_what_no_file_brings_back_is_parked() -> None:
+    """A file serves prompts that share MIN_GAIN tokens with it; a parked one need not be long."""
+    known = SavedPrefixes([saved("a", A[:500])], whole=False)
+    assert known.worth_parking(cache(0, B[:MIN_PARKED])) == B[:MIN_PARKED]
+    assert known.worth_parking(cache(0, A[: MIN_GAIN - 1])) == A[: MIN_GAIN - 1]
+    assert known.worth_parking(cache(0, A[:3] + B[:MIN_GAIN])) != []
+    assert known.worth_parking(cache(0, A[:400])) == []
+    assert known.worth_parking(cache(0, A[:500] + B[: MIN_PARKED_GAIN - 1])) == []
+    assert known.worth_parking(cache(0, A[:500] + B[:MIN_PARKED_GAIN])) != []
+
+
+def test_what_is_parked_is_not_parked_again() -> None:
+    known = SavedPrefixes([SavedPrefix("a", array("i", A[:60]), 0, is_parked=True)], whole=False)
+    assert known.worth_parking(cache(0, A[:50])) == []
+    assert known.worth_parking(cache(0, A[:60] + B[: MIN_PARKED_GAIN - 1])) == []
+    longer = known.worth_parking(cache(0, A[:60] + B[:MIN_PARKED_GAIN]))
+    assert [one.name for one in known.covered(longer)] == ["a"]
+    known.discard("a")
+    known.discard("a")
+    assert known.worth_parking(cache(0, A[:50])) == A[:50]
+    assert known.covered(longer) == []
+
+
 def test_a_longer_one_covers_the_file_of_its_beginning() -> None:
     known = SavedPrefixes([saved("a", A[:500]), saved("b", B)], whole=False)
     assert known.choose_saves([cache(0, A)]) == [Save(0, A, covers=("a",))]
@@ -141,7 +166,7 @@ tokens = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 def test_what_comes_back_is_worth_it_and_nothing_better_is_there(
     whole: bool, on_disk: list[list[int]], idle: list[list[int]], prompt: list[int], resident: int
 ) -> None:
-    with mock.patch.multiple(prefixes, MIN_SAVED=2, MIN_GAIN=1):
+    with mock.patch.multiple(prefixes, MIN_SAVED=2, MIN_GAIN=1, MIN_PARKED_GAIN=1):
         known = SavedPrefixes([saved(str(i), t) for i, t in enumerate(on_disk)], whole=whole)
         for save in known.choose_saves([cache(i, t) for i, t in enumerate(idle)]):
             assert save.tokens == idle[save.slot][: len(save.tokens)]
