@@ -22,7 +22,7 @@ from shimpy.engine.backend import Backend
 from shimpy.engine.channel import Channel
 from shimpy.engine.intake import Intake
 from shimpy.engine.loop import Engine
-from shimpy.engine.parked import ParkedPrefixes, can_park
+from shimpy.engine.parked import ParkedPrefixes, can_park, reserve_files
 from shimpy.engine.prefix_store import PrefixStore
 from shimpy.engine.prefixes import SavedPrefixes
 from shimpy.errors import LoadError, ProtocolError, ShimpyError
@@ -112,6 +112,7 @@ def serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
 
 
 def _serve(channel: Channel, prepare: Callable[[], OpenBackend]) -> int:
+    reserve_files()
     intake = Intake(send=channel.send, clock=time.monotonic)
     _take_signals(intake)
     channel.send(Hello(PROTOCOL_VERSION))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -134,6 +136,22 @@ def test_the_kernel_tells_what_is_available() -> None:
     assert 0 < available_bytes() < 1 << 50
     with mock.patch.object(parked.Path, "open", side_effect=OSError):
         assert available_bytes() == 0
+
+
+def test_room_for_its_files_is_made_at_once() -> None:
+    """FDSize is the size of the kernel's table."""
+    code = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from shimpy.engine.parked import reserve_files\n"
+        "before = os.listdir('/proc/self/fd')\n"
+        "reserve_files()\n"
+        "assert os.listdir('/proc/self/fd') == before\n"
+        "print(Path('/proc/self/status').read_text())\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    size = next(line for line in told.stdout.splitlines() if line.startswith("FDSize:"))
+    assert int(size.split()[1]) > 2 * parked._MAX_PARKED
 
 
 # --- as the model is unloaded ---
