@@ -117,6 +117,8 @@ class Admission:
             self._waiting.popleft()
             self._slots.place(sequence, match)
             running.append(sequence)
+            if self._parker is not None:
+                self._parker.on_placed(now)
             if self._attends_idle and (self._parker is None or self._slots.has_refused):
                 self._slots.thin_idle()
             if sequence.admitted_s is None:

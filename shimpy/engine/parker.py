@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
+from typing import Final
 
 import msgspec
 
@@ -13,6 +14,9 @@ from shimpy.engine.parking import Parking, without_strewn
 from shimpy.engine.prefixes import MIN_PARKED_GAIN, SavedPrefix, SavedPrefixes
 from shimpy.engine.sequence import ATTENDED_CELLS, IdleCache, KvOp, Sequence
 from shimpy.engine.slots import Slots
+
+# Sequences that get their slots so soon after each other came at once.
+_AT_ONCE_S: Final = 0.1
 
 
 class Park(msgspec.Struct, frozen=True):
@@ -38,6 +42,12 @@ class Parker:
         self._parking = Parking()
         # Streams get a batch between two copies.
         self._may_copy = True
+        # Sequences that came at once, and when the last one got its slot.
+        self._n_came = 0
+        self._placed_s = 0.0
+        # What may come next: as many as before that, or of more that came earlier one fewer each
+        # time.
+        self._n_soon = 0
 
     @property
     def quiet_s(self) -> float | None:
@@ -82,6 +92,14 @@ class Parker:
 
     # --- events ---
 
+    def on_placed(self, now: float) -> None:
+        """Note that a sequence has got a slot."""
+        if now > self._placed_s + _AT_ONCE_S:
+            self._n_soon = max(self._n_soon - 1, self._n_came)
+            self._n_came = 0
+        self._n_came += 1
+        self._placed_s = now
+
     def on_next_batch(self) -> None:
         """Note that a batch comes next."""
         self._may_copy = True
@@ -105,13 +123,14 @@ class Parker:
     def _unsettled(self) -> list[IdleCache]:
         """Return what idles and may have to leave the KV cache for the next that comes.
 
-        Where it costs the others nothing, that is what as many slots hold as ran side by side
-        last: as many may come next, and the last of them would wait for all copies. The first that
-        one of them empties comes first.
+        Where it costs the others nothing, that is what as many slots hold as sequences came last:
+        as many may come next, and the last of them would wait for all copies. What the first of
+        them empties comes first.
         """
         if self._attends_idle:
             return self._slots.unsettled()
-        return self._slots.unsettled_of(self._slots.first_emptied(self._slots.n_abreast))[::-1]
+        n_soon = max(self._n_soon, self._n_came)
+        return self._slots.unsettled_of(self._slots.first_emptied(n_soon))[::-1]
 
     def _wanted(self, soon: Sequences[Sequence]) -> set[int]:
         """Return the slots whose caches the next in the queue go on from."""

@@ -51,8 +51,6 @@ class Slots:
         self.is_unsettled = False
         # Batches of more than one sequence, whose cells lie mixed.
         self.n_mixed = 0
-        # The most sequences that have run side by side since one began alone.
-        self.n_abreast = 0
         # A slot was taken or left since gather() last looked.
         self._is_stirred = False
 
@@ -370,8 +368,6 @@ class Slots:
 
     def _occupy(self, slot: Slot, sequence: Sequence) -> None:
         slot.sequence = sequence
-        n_busy = sum(one.sequence is not None for one in self._slots)
-        self.n_abreast = 1 if n_busy == 1 else max(self.n_abreast, n_busy)
         self._is_stirred = True
         slot.tokens = []
         sequence.slot = slot

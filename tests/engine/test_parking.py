@@ -94,12 +94,13 @@ def own_cells(n_slots: int) -> Parker:
 
 def burst(bench: Parker, n: int) -> list[Sequence]:
     """Run so many prompts side by side; return them."""
+    bench.now += 1
     sequences = [bench.submit(60 + i, n_predict=3) for i in range(n)]
     bench.run()
     return sequences
 
 
-def test_as_many_slots_are_ready_for_others_as_ran_side_by_side() -> None:
+def test_as_many_slots_are_ready_for_others_as_prompts_came() -> None:
     """Else the last of the next burst would wait for all copies."""
     bench = own_cells(8)
     burst(bench, 8)
@@ -112,13 +113,24 @@ def test_as_many_slots_are_ready_for_others_as_ran_side_by_side() -> None:
 
 def test_of_prompts_that_come_one_by_one_a_slot_is_ready() -> None:
     bench = own_cells(3)
-    burst(bench, 3)
-    bench.answer(80)
-    bench.rest()
-    # The one that made way for the fourth, and the next to make way.
-    assert len(bench.parked) == 2
-    bench.rest()
-    assert len(bench.parked) == 2
+    for n_parked in (0, 0, 1, 2, 3):
+        bench.now += 1
+        bench.answer(80)
+        bench.rest()
+        assert len(bench.parked) == n_parked
+
+
+def test_a_burst_is_expected_for_some_time() -> None:
+    """One fewer after each prompt that comes by itself; what is copied already is ready."""
+    bench = own_cells(8)
+    burst(bench, 8)
+    n_parked = []
+    for _ in range(8):
+        bench.rest()
+        n_parked.append(len(bench.parked))
+        bench.now += 1
+        bench.answer(80)
+    assert n_parked == [8, *([9] * 7)]
 
 
 def test_slots_that_hold_nothing_are_ready() -> None:
@@ -128,8 +140,8 @@ def test_slots_that_hold_nothing_are_ready() -> None:
     assert bench.parked == []
     burst(bench, 3)
     bench.rest()
-    # One was empty still, and the two that were used first.
-    assert bench.parked == [62, 63]
+    # One was empty still, and the three that were used first: four came before.
+    assert bench.parked == [62, 63, 64]
 
 
 def test_whoever_comes_back_after_a_burst_goes_on_in_its_slot() -> None:
@@ -268,6 +280,7 @@ def test_nothing_is_parked_where_it_gains_nothing_or_can_t_be(
 ) -> None:
     bench = Bench(attends_idle=attends_idle, can_park=can_park)
     for _ in range(3):
+        bench.now += 1
         bench.submit(900, n_predict=1)
         bench.step()
         bench.step()
