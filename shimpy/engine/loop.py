@@ -208,8 +208,7 @@ class Engine:
     # --- one batch ---
 
     def _run(self, batch: Batch, started_s: float) -> None:
-        if batch.ops and not all(map(self._apply, batch.ops)):
-            self._batcher.on_kv_refused()
+        if batch.ops and not self._prepare(batch.ops):
             return
         try:
             status = self._backend.decode(batch.chunks)
@@ -229,16 +228,13 @@ class Engine:
     def _restore(self, restore: Restore) -> None:
         store = self._parked if restore.prefix.is_parked else self._prefixes
         assert store is not None, "only what a store knows is restored"
-        if not all(map(self._apply, restore.ops)):
-            self._batcher.on_kv_refused()
-        elif store.restore(restore.prefix, restore.slot):
+        if self._prepare(restore.ops) and store.restore(restore.prefix, restore.slot):
             self._batcher.on_restored(restore)
 
     def _park(self, park: Park) -> None:
         assert self._parked is not None, "nothing is parked without a place for it"
         started_s = self._clock()
-        if not all(map(self._apply, park.ops)):
-            self._batcher.on_kv_refused()
+        if not self._prepare(park.ops):
             return
         for prefix in park.covers:
             self._parked.discard(prefix)
@@ -258,6 +254,13 @@ class Engine:
         ops, saves = self._batcher.plan_saves()
         if all(map(self._apply, ops)):
             self._prefixes.save(saves, self._save_s, self._parked)
+
+    def _prepare(self, ops: list[KvOp]) -> bool:
+        """Do to the KV cache what comes before a batch, a restore or a copy; False: not now."""
+        if all(map(self._apply, ops)):
+            return True
+        self._batcher.on_kv_refused()
+        return False
 
     def _apply(self, op: KvOp) -> bool:
         match op:
