@@ -45,3 +45,15 @@ def test_decoding_is_as_fast_however_many_tokens_share_an_event(n_together: int)
     arrived = [event("x")] + [event("x" * n_together)] * (len(times) - 1)
     found = Stream(0.0, times, arrived, end_s=times[-1], usage={"completion_tokens": 61})
     assert speeds([found])["decode_per_s"] == pytest.approx(100)
+
+
+def test_what_is_under_way_as_the_first_stream_ends_is_not_missed() -> None:
+    """Streams of a step end together, and are read one after the other."""
+    streams = []
+    for index in range(8):
+        times = [0.1, *(0.1 + 0.05 * n + 0.001 * index for n in range(1, 13))]
+        arrived = [event("x"), *([event("xxxxx")] * 12)]
+        usage = {"completion_tokens": 61}
+        streams.append(Stream(0.0, times, arrived, end_s=times[-1], usage=usage))
+    # Of the first one 600 ms, of the others 550 and a few.
+    assert speeds(streams)["decode_per_s"] == pytest.approx(800, rel=0.01)

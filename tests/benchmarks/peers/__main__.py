@@ -23,7 +23,13 @@ from typing import Any
 from tests.benchmarks.peers import report
 from tests.benchmarks.peers.contenders import BareLoop, Contender, is_installed, start
 from tests.benchmarks.peers.models import setup_of
-from tests.benchmarks.peers.scenarios import ALL, Scenario, all_scenarios, warm_up
+from tests.benchmarks.peers.scenarios import (
+    ALL,
+    MakePrompts,
+    Scenario,
+    all_scenarios,
+    warm_up,
+)
 from tests.benchmarks.peers.systems import SYSTEMS, Place, System
 from tests.benchmarks.peers.targets import Verdict, summary, verdicts
 
@@ -195,19 +201,14 @@ class _Measure:
                 if name in needed or (name == "bare" and not setup.embeds):
                     _say(f"{model}: {name} starts")
                     contender = stack.enter_context(start(name, setup, self._place.peers_python))
-                    asyncio.run(warm_up(contender, setup))
                     contenders[name] = contender
+                    bare = contenders.get("bare")
+                    make_prompts = None if bare is None else _prompts_of(bare)
+                    asyncio.run(warm_up(contender, setup, make_prompts))
             yield contenders
 
     def _run(self, scenario: Scenario, contenders: dict[str, Contender], bounds: _Bounds) -> None:
-        bare = contenders.get("bare")
-
-        def make_prompts(n_prompts: int, n_tokens: int, seed: int) -> list[str]:
-            assert isinstance(bare, BareLoop)
-            found: list[str] = bare.ask(
-                do="make_prompts", n_prompts=n_prompts, n_tokens=n_tokens, seed=seed
-            )
-            return found
+        make_prompts = _prompts_of(contenders.get("bare"))
 
         def measure(name: str, index: int) -> dict[str, float]:
             # No two scenarios and no two rounds share a prompt, which a cache would have.
@@ -246,6 +247,19 @@ class _Measure:
         result = self.results.get(one.name)
         n_done = 0 if result is None else len(result["rounds"])
         return bounds.has_another(n_done, self._took_s.get(one.name, 0.0))
+
+
+def _prompts_of(bare: Contender | None) -> MakePrompts:
+    """Return what makes prompts of so many tokens; asked for none, it needs no bare loop."""
+
+    def make_prompts(n_prompts: int, n_tokens: int, seed: int) -> list[str]:
+        assert isinstance(bare, BareLoop)
+        found: list[str] = bare.ask(
+            do="make_prompts", n_prompts=n_prompts, n_tokens=n_tokens, seed=seed
+        )
+        return found
+
+    return make_prompts
 
 
 def _short(metrics: dict[str, float]) -> str:

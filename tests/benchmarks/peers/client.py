@@ -170,23 +170,32 @@ async def post(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> t
 def speeds(streams: Sequence[Stream]) -> dict[str, float]:
     """Return what is compared of answers that were asked for at once.
 
-    tok_per_s: generated tokens by the time of the whole. decode_per_s: tokens of all while all
-    answered, no prompt beside them, by that time; left out where that was too short.
+    tok_per_s: generated tokens by the time of the whole. decode_per_s: the sum of what the streams
+    did each second while all answered, no prompt beside them; left out where that was too short.
     """
-    n = len(streams)
     firsts_s = [one.first_s for one in streams]
     last_first_s = max(firsts_s)
     first_end_s = min(one.arrivals_s[-1] for one in streams)
-    n_before = sum(one.n_tokens_until(last_first_s) for one in streams)
-    n_between = sum(one.n_tokens_until(first_end_s) for one in streams) - n_before
+    decoded = [_decoded(one, last_first_s, first_end_s) for one in streams]
     metrics = {
         "tok_per_s": sum(one.n_tokens for one in streams) / max(one.end_s for one in streams),
         "ttft_ms": 1000 * statistics.mean(firsts_s),
         "ttft_max_ms": 1000 * last_first_s,
     }
-    if n_between >= _LEAST_DECODED * n:
-        metrics["decode_per_s"] = n_between / (first_end_s - last_first_s)
+    if sum(n_tokens for n_tokens, _ in decoded) >= _LEAST_DECODED * len(streams):
+        metrics["decode_per_s"] = sum(n_tokens / took_s for n_tokens, took_s in decoded if took_s)
     return metrics
+
+
+def _decoded(one: Stream, since_s: float, until_s: float) -> tuple[float, float]:
+    """Return how many tokens came from a stream's first to its last event between, and that time.
+
+    From event to event: what is under way in a later one belongs to the time after.
+    """
+    times = [time_s for time_s in one.arrivals_s if since_s <= time_s <= until_s]
+    if not times:
+        return 0, 0.0
+    return one.n_tokens_until(times[-1]) - one.n_tokens_until(times[0]), times[-1] - times[0]
 
 
 def longest_gap_s(found: Stream, since_s: float) -> float:

@@ -42,6 +42,8 @@ class Setup:
     n_slots: int = 16
     n_threads: int = 2
     embeds: bool = False
+    # Tokens that each slot has held before anything is measured: most scenarios' and no more.
+    n_warm: int = 320
 
     @property
     def model(self) -> str:

@@ -23,7 +23,8 @@ def setup_of(model: str, folder: Path, n_threads: int) -> Setup:
     setup = Setup(path=path, n_threads=n_threads)
     match model:
         case "deepseek-8b":
-            return replace(setup, n_ctx=4096)
+            # More would take minutes.
+            return replace(setup, n_ctx=4096, n_warm=32)
         case "demo":
             # So small that a second thread waits more than it works.
             return replace(setup, n_ctx=8192, n_threads=1)

@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.benchmarks.peers import client
 from tests.benchmarks.peers.contenders import BareLoop, Contender, Server, Setup, cpu_s, echo
+from tests.benchmarks.peers.report import US
 from tests.benchmarks.peers.targets import (
     ADDED_MS,
     NOISE,
@@ -268,13 +269,18 @@ def embeddings(model: str) -> Scenario:
     )
 
 
-async def warm_up(contender: Contender, setup: Setup) -> None:
+async def warm_up(
+    contender: Contender, setup: Setup, make_prompts: MakePrompts | None = None
+) -> None:
     """Let a contender load its model and use each of its slots once.
 
-    A slot's first batch takes longer where a cache takes its memory as it is used: a few rounds
-    would tell of that, and not of what comes after.
+    The others' caches are zeroed as they are made. shimpy's takes its memory as it is used, and a
+    few rounds would tell of that, and not of what comes after: with `make_prompts` its slots are
+    used as deep as `setup.n_warm`.
     """
     prompts = [f"{index} times upon a time" for index in range(setup.n_slots)]
+    if make_prompts is not None and contender.name == US:
+        prompts = make_prompts(setup.n_slots, setup.n_warm, 0)
     if isinstance(contender, BareLoop):
         contender.ask(do="generate", prompts=prompts, n_predict=4)
         return
