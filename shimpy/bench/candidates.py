@@ -185,8 +185,7 @@ def _candidate(shape: ModelShape, hardware: Hardware, rung: Rung, wanted: Wanted
     placement = rung.placement
     label = describe_layout(shape, placement)
     if placement.mode in ("experts-in-ram", "partial-gpu"):
-        held = "page-locked" if placement.load_mode == "locked" else "mapped"
-        label += f", {held}, micro-batch {placement.n_ubatch}"
+        label += f", {placement.held}, micro-batch {placement.n_ubatch}"
     if placement.kv_type != KV_TYPE:
         label += f", KV cache {placement.kv_type}"
     n_cores = hardware.host.n_cores

@@ -241,6 +241,10 @@ def _row(rung: dict[str, Any]) -> tuple[str, ...]:
 
     placement, host = rung["placement"], rung["host"]
     vram = sum(device["total_bytes"] for device in rung["devices"])
+    # As Placement.held.
+    held = "mapped"
+    if host["locked"]:
+        held = "page-locked" if rung["devices"] else "private"
     return (
         "*" if rung["chosen"] else "" if rung["fits"] else "x",
         f"{rung['layout']} ({rung['lack']})" if rung["lack"] else rung["layout"],
@@ -249,5 +253,5 @@ def _row(rung: dict[str, Any]) -> tuple[str, ...]:
         # What the slots share, or have each.
         f"{placement['n_ctx']}{'/' if placement['kv_unified'] else ' x '}{placement['n_slots']}",
         str(placement["n_ubatch"]),
-        "page-locked" if host["locked"] else "mapped",
+        held,
     )

@@ -161,11 +161,11 @@ def _manner(placement: Placement) -> str:
 
 
 def _settings_line(placement: Placement) -> str:
-    held = "page-locked" if placement.load_mode == "locked" else "mapped"
     of_slots = "shared by" if placement.kv_unified else "for each of"
     return (
         f"settings: context {placement.n_ctx} {of_slots} {placement.n_slots} slots, "
-        f"KV cache {placement.kv_type}, micro-batch {placement.n_ubatch}, weights in RAM {held}"
+        f"KV cache {placement.kv_type}, micro-batch {placement.n_ubatch}, "
+        f"weights in RAM {placement.held}"
     )
 
 

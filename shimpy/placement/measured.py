@@ -290,5 +290,4 @@ def _manner(shape: ModelShape, rung: Rung) -> str:
     if placement.mode == "cpu":
         attention = "flash" if placement.flash_attn else "plain"
         return f"{layout}, {attention} attention, {batch}"
-    held = "page-locked" if placement.load_mode == "locked" else "mapped"
-    return f"with {layout}, {held}, {batch}"
+    return f"with {layout}, {placement.held}, {batch}"

@@ -52,6 +52,13 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     tensor_split: tuple[float, ...] = ()
 
+    @property
+    def held(self) -> str:
+        """How the weights in RAM are held, in words; they are page-locked for a GPU alone."""
+        if self.load_mode == "mmap":
+            return "mapped"
+        return "page-locked" if self.devices else "private"
+
 
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
     """What a placement takes on one device, in bytes."""

@@ -100,6 +100,13 @@ def test_several_cards_are_supposed_by_repeating(model_file: Path) -> None:
     assert sum(data["placement"]["tensor_split"]) == 29
 
 
+def test_without_a_card_nothing_is_page_locked(model_file: Path) -> None:
+    output = run(model_file, "--vram", "0", "--ram", "32GiB", "--load-mode", "locked").stdout
+    assert "page-locked" not in output
+    assert "weights in RAM private" in output
+    assert output.rstrip().endswith("private")
+
+
 def test_no_card_is_supposed_by_zero(model_file: Path) -> None:
     assert as_json(model_file, "--vram", "0", "--ram", "32GiB")["placement"]["mode"] == "cpu"
 
