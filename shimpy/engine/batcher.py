@@ -251,6 +251,8 @@ class Batcher:
         """
         if (step := self._step) is not None and self._comes_again(step):
             return _next_of(step)
+        # Who begins to run in a look that ends without a batch is not in it.
+        self._step = None
         # In this order: a leader's tokens must not move before its followers share them.
         self._attach_followers()
         self._shift_full()

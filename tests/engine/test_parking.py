@@ -133,6 +133,26 @@ def test_a_burst_is_expected_for_some_time() -> None:
     assert n_parked == [8, *([9] * 7)]
 
 
+def test_who_came_while_another_waits_for_a_copy_is_in_the_next_batch() -> None:
+    """As many run as in the last step, and nobody waits any more; but one of them is another."""
+    bench = own_cells(4)
+    bench.answer(80)
+    stays, leaves = bench.submit(60), bench.submit(61)
+    for _ in range(4):
+        bench.step()
+    bench.batcher.finish(leaves)
+    comes, is_cancelled = bench.submit(62), bench.submit(63)
+    park = bench.batcher.next_batch(bench.now)
+    assert isinstance(park, Park)
+    assert comes.slot is not None
+    bench.batcher.finish(is_cancelled)
+    bench.carry_out(park)
+    for _ in range(3):
+        assert leaves not in bench.step()
+    assert comes.n_generated
+    assert stays.n_generated > comes.n_generated
+
+
 def test_slots_that_hold_nothing_are_ready() -> None:
     bench = own_cells(8)
     burst(bench, 4)
