@@ -7,7 +7,7 @@ It is parked in RAM while the model is loaded, or in a file on disk, also afterw
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -139,26 +139,22 @@ class SavedPrefixes:
         """
         tokens = self._worth_saving(cache)
         packed = array("i", tokens)
-        if len(tokens) < MIN_PARKED or any(map(self._serves(packed), self._alike(packed))):
+        alike = self._alike(packed)
+        if len(tokens) < MIN_PARKED or any(
+            self._serves(one, packed, MIN_PARKED_GAIN) for one in alike
+        ):
             return []
         return tokens
-
-    def _serves(self, tokens: array[int]) -> Callable[[SavedPrefix], bool]:
-        """Return whether a state would be restored for these tokens, but for some of the last."""
-        n_least = len(tokens) - MIN_PARKED_GAIN + 1
-
-        def serves(state: SavedPrefix) -> bool:
-            if self.whole:
-                return state.tokens == tokens
-            return n_least >= state.min_gain and state.tokens[:n_least] == tokens[:n_least]
-
-        return serves
 
     def covered(self, tokens: Sequence[int]) -> list[SavedPrefix]:
         """Return what is parked and needless beside a state of these tokens."""
         packed = SavedPrefix("", array("i", tokens), 0, is_parked=True)
         alike = self._alike(packed.tokens)
-        return [one for one in alike if one.is_parked and self._contains(packed, one.tokens)]
+        return [
+            one
+            for one in alike
+            if one.is_parked and self._serves(packed, one.tokens, MIN_PARKED_GAIN)
+        ]
 
     def choose_saves(self, caches: Iterable[IdleCache]) -> list[Save]:
         """Return what to save of the idle caches, in their order, and of what is parked.
@@ -178,10 +174,10 @@ class SavedPrefixes:
         chosen: dict[int, Save] = {}
         for index in sorted(range(len(saves)), key=lambda i: len(saves[i].tokens), reverse=True):
             tokens = array("i", saves[index].tokens)
-            if len(tokens) < MIN_SAVED or any(self._contains(one, tokens) for one in known):
+            if len(tokens) < MIN_SAVED or any(self._serves(one, tokens, MIN_GAIN) for one in known):
                 continue
             saved = SavedPrefix("", tokens, 0)
-            covers = [one.name for one in on_disk if self._contains(saved, one.tokens)]
+            covers = [one.name for one in on_disk if self._serves(saved, one.tokens, MIN_GAIN)]
             chosen[index] = replace(saves[index], covers=tuple(covers))
             known.append(saved)
         return [save for _, save in sorted(chosen.items())]
@@ -208,12 +204,12 @@ class SavedPrefixes:
             return cache.tokens[: max(0, cache.n_prompt - 1)]
         return cache.tokens
 
-    def _contains(self, state: SavedPrefix, tokens: array[int]) -> bool:
-        """Whether a state serves for these tokens, or is cut to nearly all of them."""
+    def _serves(self, state: SavedPrefix, tokens: array[int], n_lost: int) -> bool:
+        """Whether a state is restored for all of these tokens but fewer than the last `n_lost`."""
         if self.whole:
             return state.tokens == tokens
-        n_least = max(0, len(tokens) - state.min_gain + 1)
-        return state.tokens[:n_least] == tokens[:n_least]
+        n_least = len(tokens) - n_lost + 1
+        return n_least >= state.min_gain and state.tokens[:n_least] == tokens[:n_least]
 
 
 def _head(tokens: array[int]) -> bytes:
