@@ -144,7 +144,9 @@ def test_where_most_of_the_cost_is_the_batchs_own_they_are_long(
     assert settle(seconds, before=before, uses_gpu=uses_gpu)[6:] == [2048] * 34
 
 
-@pytest.mark.parametrize("seconds", [lambda n: 0.107 + n * 0.0000625])
+@pytest.mark.parametrize(
+    "seconds", [lambda n: 0.107 + n * 0.0000625, lambda n: 0.03 + 0.0053 * n**0.5]
+)
 @pytest.mark.parametrize("before", [(), (40,), (130,), (130, 128)])
 def test_on_a_gpu_they_are_long_after_short_prompts_of_one_size_too(
     seconds: Callable[[int], float], before: tuple[int, ...]

@@ -42,7 +42,7 @@ class Setup:
     n_slots: int = 16
     n_threads: int = 2
     embeds: bool = False
-    # Tokens that each slot has held before anything is measured: most scenarios' and no more.
+    # Tokens that shimpy's slots hold before anything is measured: as many as most scenarios use.
     n_warm: int = 320
 
     @property
