@@ -125,11 +125,11 @@ class Engine:
         if isinstance(todo, Batch):
             if todo.n_prefill:
                 # It may take long.
-                self._outbox.send()
+                self._outbox.send(now)
             self._run(todo, now)
             self._flush(is_halfway=todo.part == "first")
             return
-        self._outbox.send()
+        self._outbox.send(now)
         match todo:
             case Restore() as restore:
                 self._restore(restore)
@@ -296,7 +296,7 @@ class Engine:
             for row, sequence in rows:
                 if not sequence.n_generated:
                     self._draw(row, sequence, texts, now)
-            self._outbox.send()
+            self._outbox.send(now)
             rows = later
         for row, sequence in rows:
             self._draw(row, sequence, texts, now)
@@ -384,13 +384,16 @@ class Engine:
 
     def _flush(self, *, is_halfway: bool = False) -> None:
         now = self._clock()
-        self._outbox.flush(now, is_halfway=is_halfway)
         if (
             now - self._stats_sent_s >= STATS_INTERVAL_S
             and (stats := self._measure()) != self._stats
         ):
-            self._send(stats)
+            self._outbox.add_stats(stats)
             self._stats, self._stats_sent_s = stats, now
+        self._outbox.flush(now, is_halfway=is_halfway)
+        if not self._generations:
+            # Nobody has news with which it would go.
+            self._outbox.send(now)
 
     def _measure(self) -> Stats:
         batcher = self._batcher

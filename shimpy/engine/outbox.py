@@ -5,7 +5,8 @@ for a step. So what is only more text waits for the next steps, as long as these
 within a sixtieth of a second after the last text was sent: screens show no more. From steps of 8 ms
 on each has its frame. A first token, an end and an error go at once, and nothing waits for a step
 that may be long; but where a step is two batches, the text of the first goes with that of the
-second. What a request has to say in a frame is one Delta, of however many tokens.
+second. What a request has to say in a frame is one Delta, of however many tokens. The state of the
+slots is in no hurry: it goes with a frame.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from shimpy.protocol.messages import Delta, Events, StepEvent
+from shimpy.protocol.messages import Delta, Events, Stats, StepEvent
 
 INTERVAL_S: Final = 1 / 60
 
@@ -34,10 +35,10 @@ class Outbox:
         self._send = send
         self._news: list[StepEvent] = []
         self._speakers: dict[int, Speaker] = {}
+        self._stats: Stats | None = None
         self._has_pressing = False
-        self._sent_s = -INTERVAL_S
-        # When a step ended last that had text.
-        self._stepped_s = -INTERVAL_S
+        # When text was sent last, and when a step ended last.
+        self._sent_s = self._stepped_s = -INTERVAL_S
 
     def add(self, news: StepEvent) -> None:
         """Take what is no text: it goes with the next flush, behind its request's text."""
@@ -51,27 +52,35 @@ class Outbox:
         """Note that a request may have new text, which may wait a moment."""
         self._speakers[speaker.request] = speaker
 
+    def add_stats(self, stats: Stats) -> None:
+        """Take the state of the slots, to go with the next frame."""
+        self._stats = stats
+
     def flush(self, now: float, *, is_halfway: bool = False) -> None:
         """Send what is due at the end of a step; `is_halfway`: of its first half."""
         if self._has_pressing:
-            # A first text may follow its Prefilled a step later: it does not wait.
-            self.send()
-        elif self._speakers and not is_halfway:
-            # The next step is expected to take as long.
-            if 2 * now - self._stepped_s - self._sent_s > INTERVAL_S:
-                self.send()
-                self._sent_s = now
-            self._stepped_s = now
+            self.send(now)
+        elif is_halfway:
+            return
+        # The next step is expected to take as long.
+        elif self._speakers and 2 * now - self._stepped_s - self._sent_s > INTERVAL_S:
+            self.send(now)
+        self._stepped_s = now
 
-    def send(self) -> None:
+    def send(self, now: float) -> None:
         """Send everything at once."""
-        for speaker in self._speakers.values():
-            self._hear(speaker)
-        self._speakers.clear()
-        if self._news:
+        if self._speakers:
+            n_before = len(self._news)
+            for speaker in self._speakers.values():
+                self._hear(speaker)
+            self._speakers.clear()
+            if len(self._news) > n_before:
+                self._sent_s = now
+        if self._news or self._stats is not None:
             news, self._news = self._news, []
+            stats, self._stats = self._stats, None
             self._has_pressing = False
-            self._send(Events(news))
+            self._send(Events(news, stats))
 
     def _hear(self, speaker: Speaker) -> None:
         if (delta := speaker.delta()) is not None:

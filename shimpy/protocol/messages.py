@@ -2,7 +2,7 @@
 
 To the worker: Load, then any number of Submit, Embed, Tokenize, Cancel, SetThreads, LimitParked;
 Shutdown.
-To the daemon: Hello at once; Loading, then Ready or LoadFailed; then Events, Tokenized, Stats,
+To the daemon: Hello at once; Loading, then Ready or LoadFailed; then Events, Tokenized and
 PrefixNews.
 
 A request is named by an integer that the daemon chooses and never uses again for the same
@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 LoadMode = Literal["mmap", "locked"]
@@ -330,10 +330,23 @@ class Failed(_Message, frozen=True):
 StepEvent = Delta | Prefilled | Done | Failed
 
 
+class Stats(_Message, frozen=True):
+    """The state of the slots; told when it changes: once a second at most, or after LimitParked."""
+
+    n_busy: int
+    n_waiting: int
+    n_kv_used: int
+    # RAM that states of idle slots take beside the KV cache.
+    parked_bytes: int = 0
+    # As Ready's, by now; about.
+    untouched_bytes: int = 0
+
+
 class Events(_Message, frozen=True):
     """All that one step of the engine has to say, or a few quick ones: not a frame a token."""
 
     events: list[StepEvent]
+    stats: Stats | None = None
 
 
 class Embedded(_Message, frozen=True):
@@ -355,18 +368,6 @@ class Tokenized(_Message, frozen=True):
     pieces: list[bytes] = []
 
 
-class Stats(_Message, frozen=True):
-    """The state of the slots; sent when it changes: once a second at most, or after LimitParked."""
-
-    n_busy: int
-    n_waiting: int
-    n_kv_used: int
-    # RAM that states of idle slots take beside the KV cache.
-    parked_bytes: int = 0
-    # As Ready's, by now; about.
-    untouched_bytes: int = 0
-
-
 class PrefixNews(_Message, frozen=True):
     """What became of a saved prefix: the state of a slot in a file.
 
@@ -382,16 +383,7 @@ class PrefixNews(_Message, frozen=True):
 
 
 ToDaemon = (
-    Hello
-    | Loading
-    | Ready
-    | LoadFailed
-    | Events
-    | Embedded
-    | Tokenized
-    | Failed
-    | Stats
-    | PrefixNews
+    Hello | Loading | Ready | LoadFailed | Events | Embedded | Tokenized | Failed | PrefixNews
 )
 
 

@@ -340,6 +340,8 @@ class Worker:
             case Events():
                 for event in sooner_first(message.events):
                     self._deliver(event)
+                if message.stats is not None:
+                    self._on_stats(message.stats)
             case Hello():
                 self._on_hello(message)
             case Loading():
@@ -353,8 +355,6 @@ class Worker:
                 self._task.on_load_failed(message)
             case Ready() | LoadFailed():
                 self._end(ExitKind.PROTOCOL, "told of a model that it was not given")
-            case Stats():
-                self._on_stats(message)
             case PrefixNews():
                 self._on_prefix_news(message)
             case _:

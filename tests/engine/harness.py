@@ -125,10 +125,10 @@ class Rig:
             case Events():
                 for event in message.events:
                     self.told[event.request].hear(event)
+                if message.stats is not None:
+                    self.stats.append(message.stats)
             case Failed() | Embedded() | Tokenized():
                 self.told[message.request].hear(message)
-            case Stats():
-                self.stats.append(message)
             case PrefixNews():
                 self.news.append(message)
             case _:

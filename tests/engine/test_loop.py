@@ -114,8 +114,8 @@ def test_text_of_quick_steps_shares_a_frame_but_a_first_token_and_an_end_do_not_
         rig.step()
         n_told.append(rig.told[1].n_tokens)
         rig.now += 0.3 * INTERVAL_S
-    # The first; the second, since no text was sent before; every third; the end.
-    assert n_told == [1, 2, 2, 2, 5, 5, 5, 8, 9]
+    # The first; every third; the end.
+    assert n_told == [1, 1, 1, 4, 4, 4, 7, 7, 9]
 
 
 @pytest.mark.parametrize("n_ms", [9, 14, 30])
@@ -155,17 +155,16 @@ def test_what_waited_for_a_frame_is_one_delta_before_the_end() -> None:
     frames = [message.events for message in heard if isinstance(message, Events)]
     assert [[type(event) for event in frame] for frame in frames] == [
         [Prefilled, Delta],
-        [Delta],
         [Delta, Done],
     ]
-    assert frames[-1][0] == Delta(1, " the fox", 2)
+    assert frames[-1][0] == Delta(1, " fox the fox", 3)
 
 
 def test_no_text_waits_for_a_step_that_may_be_long() -> None:
     rig = scripted(*[THE] * 99)
     rig.submit(1, "hi", n_predict=9)
     rig.step(4)
-    assert rig.told[1].n_tokens == 2
+    assert rig.told[1].n_tokens == 1
     rig.submit(2, "other", n_predict=9)
     told: list[int] = []
     decode = rig.backend.decode
@@ -557,6 +556,18 @@ def test_stats_are_sent_when_they_change_but_once_a_second() -> None:
     rig.now = 30.0
     rig.step()
     assert rig.stats[2:] == [Stats(0, 0, rig.backend.n_used)]
+
+
+def test_stats_go_with_text_but_not_later_than_it() -> None:
+    """A frame of their own would wake the daemon between two steps."""
+    rig = scripted(*[THE] * 99)
+    rig.now = 10.0
+    rig.submit(1, "hi", n_predict=50)
+    rig.step(3)
+    assert (rig.n_frames, rig.stats) == (1, [])
+    rig.now += INTERVAL_S
+    rig.step()
+    assert (rig.n_frames, len(rig.stats)) == (2, 1)
 
 
 def test_tokenize_answers_at_once_both_ways() -> None:

@@ -126,14 +126,14 @@ class Worker:
     def hear(self) -> None:
         """Receive one message and give it to its request."""
         match self.receive():
-            case Events(events=events):
-                self.n_event_frames += 1
+            case Events(events=events, stats=stats):
+                self.n_event_frames += bool(events)
                 for event in events:
                     self.told[event.request].hear(event)
+                if stats is not None:
+                    self.stats.append(stats)
             case (Failed() | Embedded() | Tokenized()) as answer:
                 self.told[answer.request].hear(answer)
-            case Stats() as stats:
-                self.stats.append(stats)
             case message:
                 raise AssertionError(message)
 

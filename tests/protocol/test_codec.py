@@ -122,6 +122,7 @@ FOR_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
     LimitParked: st.builds(LimitParked, requests),
     Shutdown: st.builds(Shutdown),
 }
+stats = st.builds(Stats, requests, requests, requests, requests)
 FOR_DAEMON: dict[type, st.SearchStrategy[ToDaemon]] = {
     Hello: st.builds(Hello, requests),
     Loading: st.builds(Loading, floats),
@@ -133,13 +134,12 @@ FOR_DAEMON: dict[type, st.SearchStrategy[ToDaemon]] = {
         bos_text=texts,
     ),
     LoadFailed: st.builds(LoadFailed, texts, st.booleans()),
-    Events: st.builds(Events, st.lists(events, max_size=4)),
+    Events: st.builds(Events, st.lists(events, max_size=4), st.none() | stats),
     Embedded: st.builds(Embedded, requests, requests, st.binary(max_size=40), requests),
     Tokenized: st.builds(
         Tokenized, requests, ids, texts, st.lists(st.binary(max_size=4), max_size=3)
     ),
     Failed: st.builds(Failed, requests, texts, texts),
-    Stats: st.builds(Stats, requests, requests, requests, requests),
     PrefixNews: st.builds(
         PrefixNews,
         st.sampled_from(["saved", "restored", "skipped", "discarded"]),
