@@ -111,6 +111,9 @@ class FakeBackend:
         # Moved positions, whose keys are turned with the next batch.
         self._is_shifted = [False] * n_slots
         self._rows: list[int] = []
+        # The last batch, if decode_next may go on from it, and how often it did.
+        self._single: list[Chunk] | None = None
+        self.n_repeats = 0
         self.n_used = 0
         self.most_used = 0
         # Every batch, as (slot, start, tokens).
@@ -167,6 +170,7 @@ class FakeBackend:
         self._is_shifted = [False] * self.n_slots
         index = len(self.batches)
         self.batches.append([(c.slot, c.start, list(c.tokens)) for c in chunks])
+        self._single = None
         if index in self.failing_decodes:
             # It leaves some of the batch behind, as an aborted decode does.
             self._add(chunks[0].slot, chunks[0].start, chunks[0].tokens[:1])
@@ -182,7 +186,17 @@ class FakeBackend:
             self._add(chunk.slot, chunk.start, chunk.tokens)
             if chunk.wants_logits:
                 self._rows.append(self._state(chunk.slot))
+        if n_tokens == len(self._rows):
+            self._single = list(chunks)
         return DecodeStatus.OK
+
+    def decode_next(self, tokens: Sequence[int]) -> int:
+        single = self._single
+        _demand(single is not None, "the last batch was none of single tokens")
+        assert single is not None
+        pairs = zip(single, tokens, strict=True)
+        self.n_repeats += 1
+        return self.decode([Chunk(one.slot, one.start + 1, [token], True) for one, token in pairs])
 
     def _passes_over(self, chunks: Sequence[Chunk]) -> int:
         if self.kv_unified:
@@ -245,6 +259,7 @@ class FakeBackend:
     # --- the KV cache ---
 
     def kv_remove(self, slot: int, start: int, end: int) -> bool:
+        self._single = None
         kv = self._kv[slot]
         end = max(kv, default=-1) + 1 if end < 0 else end
         self._n_removals += 1
@@ -264,6 +279,7 @@ class FakeBackend:
             self.n_used -= 1
 
     def kv_copy(self, source: int, target: int, n: int) -> bool:
+        self._single = None
         _demand(source != target, "a copy onto itself")
         _demand(not self._kv[target], f"slot {target} is not empty")
         _demand(self.can_split or n == len(self._kv[source]), "a part of a recurrent state")
@@ -279,6 +295,7 @@ class FakeBackend:
         return True
 
     def kv_exchange(self, first: int, second: int) -> bool:
+        self._single = None
         _demand(not self.kv_unified, "the slots have the same cells")
         _demand(not (self._is_shifted[first] or self._is_shifted[second]), "a shift is lost")
         self.n_exchanges += 1
@@ -290,6 +307,7 @@ class FakeBackend:
         return True
 
     def kv_shift(self, slot: int, start: int, end: int, delta: int) -> None:
+        self._single = None
         _demand(self.can_shift, "the model can't shift")
         self._is_shifted[slot] = True
         kv = self._kv[slot]
@@ -311,6 +329,7 @@ class FakeBackend:
         return Path(path).write_bytes(state)
 
     def load_state(self, slot: int, path: str, n_tokens: int) -> bool:
+        self._single = None
         _demand(not self._kv[slot], f"slot {slot} is not empty")
         _demand(self.n_used + n_tokens <= self.n_all, "the KV cache is over its budget")
         _demand(n_tokens <= self.n_ctx, "a prefix over the context")
@@ -330,6 +349,7 @@ class FakeBackend:
         return b"".join(vector(ids, normalize=normalize) for ids in inputs)
 
     def embed_last(self, chunks: Sequence[Chunk], *, normalize: bool) -> bytes:
+        self._single = None
         _demand(0 < len(chunks) <= self.n_slots, f"the states of {len(chunks)} slots")
         _demand(not self.has_encoder, "states of an encoder")
         for chunk in chunks:

@@ -111,6 +111,16 @@ class Backend(Protocol):
             WorkerError: llama.cpp refused the batch.
         """
 
+    def decode_next(self, tokens: Sequence[int]) -> int:
+        """Run the last decode's batch again, each slot's next token in place of its only one.
+
+        After a decode of one token a chunk, all with logits, that was OK; nothing else was done to
+        the KV cache since. Returns a DecodeStatus.
+
+        Raises:
+            WorkerError: it was none of so many tokens, or llama.cpp refused this batch.
+        """
+
     def make_sampler(self, sampling: Sampling, history: Sequence[int]) -> Sampler:
         """Return a sampler; `history` is the prompt, for the penalties.
 

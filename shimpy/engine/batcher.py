@@ -139,8 +139,28 @@ class Batcher:
             grow(chunk.slot, n)
         self._slots.n_mixed += self._slots.kv_unified and len(batch.chunks) > 1
 
-    def on_timed(self, batch: Batch, elapsed_s: float) -> None:
-        """Learn from how long a batch took; who waits for its tokens need not wait for this."""
+    def on_repeated(
+        self, batch: Batch, drawn: list[list[int]], n_times: int, elapsed_s: float
+    ) -> None:
+        """Note that a step was decoded `n_times` more, in `elapsed_s`; see `n_repeats`.
+
+        `drawn`: the tokens that each of its sequences was given.
+        """
+        if not n_times:
+            return
+        for sequence, chunk, tokens in zip(batch.sequences, batch.chunks, drawn, strict=True):
+            sequence.tokens += tokens
+            sequence.n_generated += len(tokens)
+            sequence.n_kv += n_times
+            self._slots.cells.grow(chunk.slot, n_times)
+        self._slots.n_mixed += n_times * (self._slots.kv_unified and len(batch.chunks) > 1)
+        self.on_timed(batch, elapsed_s, n_times)
+
+    def on_timed(self, batch: Batch, elapsed_s: float, n_times: int = 1) -> None:
+        """Learn from how long a batch took, or `n_times` like it together.
+
+        Who waits for its tokens need not wait for this.
+        """
         if batch.n_prefill and not self._note_use(batch):
             self._pace.on_batch(batch.n_prefill, elapsed_s, depth=batch.depth)
             if self._turns is not None:
@@ -149,7 +169,7 @@ class Batcher:
         if self._parker is not None:
             self._parker.on_batch(elapsed_s, batch.n_prefill)
         if self._halving is not None and batch.n_streams:
-            self._halving.on_batch(batch.n_streams, batch.part, elapsed_s)
+            self._halving.on_batch(batch.n_streams, batch.part, elapsed_s, n_times)
 
     def _note_use(self, batch: Batch) -> bool:
         """Note which slots a batch used; return whether one of them for the first time."""
@@ -250,7 +270,8 @@ class Batcher:
         The same batch may be asked for again after on_kv_full or on_kv_refused.
         """
         if (step := self._step) is not None and self._comes_again(step):
-            return _next_of(step)
+            self._step = _next_of(step)
+            return self._step
         # Who begins to run in a look that ends without a batch is not in it.
         self._step = None
         # In this order: a leader's tokens must not move before its followers share them.
@@ -271,6 +292,23 @@ class Batcher:
                 return self._compose(generating, prefilling, n_prefill, now)
             self._preempt()
         return None
+
+    def n_repeats(self, batch: Batch) -> int:
+        """Return how often a step may be decoded again before `next_batch` has to be asked.
+
+        Each time with the next token of each stream, none of which then comes to its limit; less
+        often where a stream ends, or something arrives.
+        """
+        if batch is not self._step or not self._comes_again(batch):
+            return 0
+        sequences = batch.sequences
+        n = min(one.n_predict - one.n_generated for one in sequences) - 1
+        n = min(n, self._n_ctx_seq - 1 - max(len(one.tokens) for one in sequences))
+        if self._slots.kv_unified:
+            n = min(n, self._slots.cells.n_free // len(sequences))
+        if self._halving is not None:
+            n = min(n, self._halving.n_whole(batch.n_streams))
+        return n
 
     def _comes_again(self, step: Batch) -> bool:
         """Whether nothing has happened since a step but that each has got its next token.

@@ -42,16 +42,17 @@ class _Choice:
         self._latest: deque[float] = deque(maxlen=_N_COMPARED)
         self._tried: list[float] = []
         self._wait = _FIRST_WAIT
-        self._n_left = _N_BEFORE
+        # Steps before the next trial.
+        self.n_left = _N_BEFORE
 
     @property
     def tries_other(self) -> bool:
-        return self._n_left <= 0
+        return self.n_left <= 0
 
-    def on_step(self, elapsed_s: float, *, was_halved: bool) -> None:
+    def on_steps(self, elapsed_s: float, n_steps: int, *, was_halved: bool) -> None:
         if was_halved == self.is_halved:
-            self._latest.append(elapsed_s)
-            self._n_left -= 1
+            self._latest.extend([elapsed_s] * min(n_steps, _N_COMPARED))
+            self.n_left -= n_steps
             return
         self._tried.append(elapsed_s)
         if len(self._tried) == _N_COMPARED:
@@ -66,7 +67,7 @@ class _Choice:
             self._wait = _FIRST_WAIT
         else:
             self._wait = min(2 * self._wait, _LONGEST_WAIT)
-        self._n_left = self._wait
+        self.n_left = self._wait
 
 
 class Halving:
@@ -96,8 +97,11 @@ class Halving:
         self._rest = generating[n_first:]
         return generating[:n_first], n, "first"
 
-    def on_batch(self, n_streams: int, part: Part, elapsed_s: float) -> None:
-        """Learn how long a batch took: a step of so many streams, or a half of one."""
+    def on_batch(self, n_streams: int, part: Part, elapsed_s: float, n_times: int = 1) -> None:
+        """Learn how long a batch took: a step of so many streams, or a half of one.
+
+        Or several whole steps together.
+        """
         if part == "first":
             self._first = n_streams, elapsed_s
             return
@@ -107,9 +111,9 @@ class Halving:
         if choice is None:
             return
         if part == "whole":
-            choice.on_step(elapsed_s, was_halved=False)
+            choice.on_steps(elapsed_s / n_times, n_times, was_halved=False)
         elif n_first == n_streams:
-            choice.on_step(first_s + elapsed_s, was_halved=True)
+            choice.on_steps(first_s + elapsed_s, 1, was_halved=True)
 
     def divides(self, n_streams: int) -> bool:
         """Whether the next step of so many streams is one in halves."""
@@ -117,3 +121,11 @@ class Halving:
             return False
         choice = self._choices.setdefault(n_streams, _Choice())
         return choice.is_halved is not choice.tries_other
+
+    def n_whole(self, n_streams: int) -> int:
+        """Return how many steps of so many streams are whole before the next one may be in halves.
+
+        Where the next one is.
+        """
+        choice = self._choices.get(n_streams)
+        return _LONGEST_WAIT if choice is None else choice.n_left

@@ -10,7 +10,7 @@ import contextlib
 import queue
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, assert_never
 
 from shimpy.engine.admission import Restore
@@ -24,6 +24,7 @@ from shimpy.engine.parked import ParkedPrefixes
 from shimpy.engine.parker import Park
 from shimpy.engine.prefix_store import PrefixStore
 from shimpy.engine.sequence import KvCopy, KvExchange, KvOp, KvRemove, KvShift, Sequence
+from shimpy.engine.stretch import run_on
 from shimpy.engine.text_embeddings import TextEmbeddings
 from shimpy.engine.untouched import Untouched
 from shimpy.errors import ProtocolError, QueueFullError, ShimpyError, WorkerError
@@ -109,24 +110,29 @@ class Engine:
         while not self._is_stopping:
             if not (self._generations or self._embeddings or self._texts):
                 self._wait()
-            self.step()
+            self.step(goes_on=True)
         for generation in list(self._generations.values()):
             self._end(generation, "cancelled")
         self._flush()
         self._save()
 
-    def step(self) -> None:
-        """Take in what has arrived, run one batch, and send what it gave."""
+    def step(self, *, goes_on: bool = False) -> None:
+        """Take in what has arrived, run one batch, and send what it gave.
+
+        `goes_on`: and as many more like it as its news may wait for.
+        """
         # empty() takes the lock, in each step.
         while self._inbox.queue:
             self._on_work(self._inbox.get_nowait())
+        if self._is_stopping:
+            return
         now = self._clock()
         todo = self._batcher.next_batch(now)
         if isinstance(todo, Batch):
             if todo.n_prefill:
                 # It may take long.
                 self._outbox.send(now)
-            self._run(todo, now)
+            self._run(todo, now, goes_on=goes_on)
             self._flush(is_halfway=todo.part == "first")
             return
         self._outbox.send(now)
@@ -207,23 +213,57 @@ class Engine:
 
     # --- one batch ---
 
-    def _run(self, batch: Batch, started_s: float) -> None:
+    def _run(self, batch: Batch, started_s: float, *, goes_on: bool) -> None:
         if batch.ops and not self._prepare(batch.ops):
             return
         try:
             status = self._backend.decode(batch.chunks)
         except Exception as error:  # noqa: BLE001 - one batch's boundary
-            self._fail_batch(batch, error)
+            self._on_fault(batch, error)
             return
-        if status == DecodeStatus.OK:
-            self._decoded_s = now = self._clock()
-            self._batcher.on_decoded(batch)
-            self._sample(batch, now)
-            self._batcher.on_timed(batch, now - started_s)
-        elif status == DecodeStatus.KV_FULL:
-            self._make_room()
-        else:
-            self._fail_batch(batch, WorkerError("llama.cpp gave up in the middle of a batch"))
+        if status != DecodeStatus.OK:
+            self._on_fault(batch, status)
+            return
+        self._decoded_s = now = self._clock()
+        self._batcher.on_decoded(batch)
+        self._sample(batch, now)
+        self._batcher.on_timed(batch, now - started_s)
+        goes_on = goes_on and not self._inbox.queue and self._outbox.may_wait(now)
+        if goes_on and (n_most := self._batcher.n_repeats(batch)):
+            self._run_on(batch, n_most)
+
+    def _run_on(self, batch: Batch, n_most: int) -> None:
+        """Repeat a step until something is to be sent, or to be taken in."""
+        stretch = run_on(
+            self._backend,
+            [self._generations[sequence.request] for sequence in batch.sequences],
+            n_most,
+            decoded_s=self._decoded_s,
+            due_s=self._outbox.due_s,
+            arrived=self._inbox.queue,
+            clock=self._clock,
+        )
+        self._outbox.on_step(stretch.before_s)
+        self._decoded_s = stretch.decoded_s
+        self._batcher.on_repeated(batch, stretch.drawn, stretch.n_steps, stretch.took_s)
+        for generation, error in stretch.ended:
+            if error is None:
+                self._end(generation, "stop")
+            else:
+                self._fail(generation, error)
+        if stretch.fault is not None:
+            self._on_fault(batch, stretch.fault)
+
+    def _on_fault(self, batch: Batch, fault: int | Exception) -> None:
+        """Do what a batch's status asks for, or fail its requests."""
+        match fault:
+            case Exception():
+                self._fail_batch(batch, fault)
+            case DecodeStatus.KV_FULL:
+                self._make_room()
+            case _:
+                error = WorkerError("llama.cpp gave up in the middle of a batch")
+                self._fail_batch(batch, error)
 
     def _restore(self, restore: Restore) -> None:
         store = self._parked if restore.prefix.is_parked else self._prefixes
@@ -288,16 +328,15 @@ class Engine:
     def _sample(self, batch: Batch, now: float) -> None:
         """Draw a token for each output; who waits for a first one is told before the others."""
         texts: list[Sequence] = []
-        rows = list(enumerate(batch.sequences))
+        rows: Iterable[tuple[int, Sequence]] = enumerate(batch.sequences)
         if batch.n_prefill:
             outputs = zip(batch.sequences, batch.chunks, strict=True)
-            rows = list(enumerate(sequence for sequence, chunk in outputs if chunk.wants_logits))
-            later = [row for row in rows if row[1].n_generated]
-            for row, sequence in rows:
+            wanted = list(enumerate(one for one, chunk in outputs if chunk.wants_logits))
+            rows = [(row, one) for row, one in wanted if one.n_generated]
+            for row, sequence in wanted:
                 if not sequence.n_generated:
                     self._draw(row, sequence, texts, now)
             self._outbox.send(now)
-            rows = later
         for row, sequence in rows:
             self._draw(row, sequence, texts, now)
         if texts:
@@ -328,9 +367,10 @@ class Engine:
 
     def _advance(self, generation: Generation, row: int, now: float) -> None:
         """Sample a request's next token and say what is certain of its text."""
-        if (prefilled := generation.on_prefilled(now)) is not None:
+        sequence = generation.sequence
+        if not sequence.n_generated and (prefilled := generation.on_prefilled(now)) is not None:
             self._outbox.add(prefilled)
-            if generation.sequence.n_predict == 0:
+            if sequence.n_predict == 0:
                 self._end(generation, "length")
                 return
         token, logprob = generation.sampler.sample(row)
@@ -340,7 +380,7 @@ class Engine:
             generation.on_end_token()
             self._end(generation, "stop")
             return
-        goes_on = self._batcher.on_token(generation.sequence, token)
+        goes_on = self._batcher.on_token(sequence, token)
         generation.push(token, piece, logprob)
         if goes_on and generation.text.stop is None:
             return

@@ -56,14 +56,29 @@ class Outbox:
         """Take the state of the slots, to go with the next frame."""
         self._stats = stats
 
+    @property
+    def due_s(self) -> float:
+        """When text that waits is to be sent."""
+        return self._sent_s + INTERVAL_S
+
+    def may_wait(self, now: float) -> bool:
+        """Whether the news of a step that ends may wait for those of the next.
+
+        Which is expected to take as long.
+        """
+        if self._has_pressing:
+            return False
+        return not self._speakers or 2 * now - self._stepped_s <= self.due_s
+
+    def on_step(self, now: float) -> None:
+        """Note the end of a step whose news wait."""
+        self._stepped_s = now
+
     def flush(self, now: float, *, is_halfway: bool = False) -> None:
         """Send what is due at the end of a step; `is_halfway`: of its first half."""
-        if self._has_pressing:
-            self.send(now)
-        elif is_halfway:
+        if is_halfway and not self._has_pressing:
             return
-        # The next step is expected to take as long.
-        elif self._speakers and 2 * now - self._stepped_s - self._sent_s > INTERVAL_S:
+        if not self.may_wait(now):
             self.send(now)
         self._stepped_s = now
 

@@ -96,6 +96,8 @@ class Rig:
         self.stats: list[Stats] = []
         self.news: list[PrefixNews] = []
         self.n_frames = 0
+        # Whether steps that are alike follow each other at once, as in the worker.
+        self.goes_on = False
         self.intake = Intake(send=self.hear, clock=lambda: self.now)
         self.intake.serve(self.backend, embeds=embeds)
         store = self._open(prefixes) if isinstance(prefixes, Path) else prefixes
@@ -143,7 +145,7 @@ class Rig:
 
     def step(self, n: int = 1) -> None:
         for _ in range(n):
-            self.engine.step()
+            self.engine.step(goes_on=self.goes_on)
 
     @property
     def is_busy(self) -> bool:

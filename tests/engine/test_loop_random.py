@@ -47,7 +47,8 @@ class Workload:
             "n_batch": self._random.choice([7, 16, 64, 512]),
         }
 
-    def play(self, rig: Rig, n_requests: int = 16) -> None:
+    def play(self, rig: Rig, n_requests: int = 16, *, may_go_on: bool = True) -> None:
+        """`may_go_on`: some steps that are alike follow each other at once."""
         random = self._random
         is_crowded = random.random() < 0.5
         # Text is sent after each step, or waits for others.
@@ -56,6 +57,7 @@ class Workload:
             rig.send(self._submit(rig.backend.n_ctx))
             while random.random() < (0.3 if is_crowded else 0.9):
                 rig.now += step_s
+                rig.goes_on = random.random() < 0.7 and may_go_on
                 rig.step()
             if random.random() < 0.3:
                 rig.rest()
@@ -200,7 +202,8 @@ def decoded(seed: int, *, kv_unified: bool) -> list[list[Chunk]]:
         return decode(chunks)
 
     rig.backend.decode = listen  # type: ignore[method-assign]
-    work.play(rig)
+    # Where steps go on, they are more or fewer before the next request comes.
+    work.play(rig, may_go_on=False)
     return batches
 
 

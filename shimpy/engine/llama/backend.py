@@ -79,6 +79,14 @@ class LlamaBackend:
         """
         return self._context.decode(chunks)
 
+    def decode_next(self, tokens: Sequence[int]) -> int:
+        """Run the last decode's batch again, each slot's next token in place of its only one.
+
+        Raises:
+            WorkerError: that had more, or not as many; or llama.cpp refused this batch.
+        """
+        return self._context.decode_next(tokens)
+
     def make_sampler(self, sampling: Sampling, history: Sequence[int]) -> Sampler:
         """Return a sampler; `history` is the prompt, for the penalties.
 

@@ -82,6 +82,13 @@ class Batch:
         self.struct.n_tokens = at
         return n_outputs
 
+    def fill_next(self, tokens: Sequence[int]) -> None:
+        """Take the tokens that come next in the slots of a batch of as many single ones."""
+        token, pos, *_ = self._items
+        for at, one in enumerate(tokens):
+            token[at] = one
+            pos[at] += 1
+
     def _fill_run(self, at: int, end: int, chunk: Chunk) -> None:
         told = at + len(chunk.tokens)
         self._token[at:told] = chunk.tokens

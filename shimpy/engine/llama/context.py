@@ -94,14 +94,35 @@ class Context:
         batch = self._batch
         self._n_outputs = 0
         n_outputs = batch.fill(chunks, n_slots=self.n_slots, n_outputs_max=self.n_slots)
-        status: int = LL.llama_decode(self.handle, batch.struct)
+        status = self._compute(n_outputs)
+        # A step of streams, which comes most often, has none.
+        if status == DecodeStatus.OK and batch.struct.n_tokens > len(chunks):
+            self._drop_padding(chunks)
+        return status
+
+    def decode_next(self, tokens: Sequence[int]) -> int:
+        """Run the last decode's batch again, each slot's next token in place of its only one.
+
+        Raises:
+            WorkerError: that was no batch of so many tokens with logits for each, or llama.cpp
+                refuses this one.
+        """
+        n_outputs, self._n_outputs = self._n_outputs, 0
+        if not len(tokens) == n_outputs == self._batch.struct.n_tokens:
+            raise WorkerError(
+                f"{len(tokens)} tokens can't come next after a batch of "
+                f"{self._batch.struct.n_tokens} with {n_outputs} outputs"
+            )
+        self._batch.fill_next(tokens)
+        return self._compute(n_outputs)
+
+    def _compute(self, n_outputs: int) -> int:
+        struct = self._batch.struct
+        status: int = LL.llama_decode(self.handle, struct)
         if status == DecodeStatus.OK:
             self._take_logits(n_outputs)
-            # A step of streams, which comes most often, has none.
-            if batch.struct.n_tokens > len(chunks):
-                self._drop_padding(chunks)
         elif status < 0:
-            raise refused(f"a batch of {batch.struct.n_tokens} tokens ({status})", LOG.errors(3))
+            raise refused(f"a batch of {struct.n_tokens} tokens ({status})", LOG.errors(3))
         return status
 
     def _drop_padding(self, chunks: Sequence[Chunk]) -> None:

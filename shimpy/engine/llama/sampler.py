@@ -53,6 +53,8 @@ class LlamaSampler:
         if sampling.grammar is not None:
             self._grammar = grammars.make(sampling.grammar)
         self._chooser: Chooser = make_chooser(sampling, vocab)
+        # Nothing but the logits decides.
+        self._is_plain = not self._has_edits and self._grammar is None
 
     def sample(self, row: int) -> tuple[int, TokenLogprob | None]:
         """Return the token chosen from the logits of output `row` of the last decode.
@@ -63,7 +65,12 @@ class LlamaSampler:
             WorkerError: there is no such output, or the model computes NaN.
         """
         logits = self._context.row(row)
-        token = self._choose_edited(logits) if self._has_edits else self._choose(logits)
+        if self._is_plain:
+            token = self._chooser.choose(logits)
+        elif self._has_edits:
+            token = self._choose_edited(logits)
+        else:
+            token = self._choose(logits)
         if self._n_logprobs is None:
             return token, None
         return token, token_logprob(self._vocab, logits, token, self._n_logprobs)

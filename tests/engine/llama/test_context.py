@@ -56,7 +56,12 @@ def check_together(backend: LlamaBackend) -> None:
     expected = [alone(backend, *one) for one in zip(ids, texts, strict=True)]
     chunks = [Chunk(slot, 0, tokens, True) for slot, tokens in enumerate(ids)]
     for step in range(len(texts[0])):
-        assert backend.decode(chunks) == DecodeStatus.OK
+        # Every other step by what the one before was filled with.
+        if step > 1 and step % 2:
+            status = backend.decode_next([text[step - 1] for text in texts])
+        else:
+            status = backend.decode(chunks)
+        assert status == DecodeStatus.OK
         for slot, rows in enumerate(expected):
             np.testing.assert_allclose(logits(backend, slot), rows[step], atol=ATOL)
         chunks = [
@@ -279,6 +284,27 @@ def test_a_batch_that_llama_cpp_would_abort_on_is_refused(
         llama_model,
     )
     assert out.split() == ["True", "8"]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "n_tokens"),
+    [
+        ([Chunk(0, 0, [65], True), Chunk(1, 0, [65], True)], 1),
+        ([Chunk(0, 0, [65, 66], True)], 1),
+        ([Chunk(0, 0, [65], False)], 1),
+        ([Chunk(0, 0, [65], True), Chunk(1, 0, [65], False)], 2),
+    ],
+)
+def test_what_can_t_come_next_is_refused(
+    llama: LlamaBackend, chunks: list[Chunk], n_tokens: int
+) -> None:
+    """llama.cpp would write over what is not there."""
+    assert llama.decode(chunks) == DecodeStatus.OK
+    with pytest.raises(WorkerError, match=f"{n_tokens} tokens can't come next"):
+        llama.decode_next([67] * n_tokens)
+    for chunk in chunks:
+        assert llama.kv_remove(chunk.slot, 0, -1)
+    assert len(generate_ids(llama, "Hello", n=8)) == 8
 
 
 def test_logits_that_were_not_asked_for_are_an_error(llama: LlamaBackend) -> None:
