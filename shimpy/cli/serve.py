@@ -12,6 +12,7 @@ import click
 from shimpy.cli.options import config_option
 from shimpy.cli.quick import quick_imports
 from shimpy.config import HELP, METAVARS
+from shimpy.values import DEFAULT_BIND
 
 if TYPE_CHECKING:
     from shimpy.config import Config
@@ -40,8 +41,26 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _other_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Answer the options that other servers have for the address with ours."""
+    for flag in ("--host", "--port"):
+        function = click.option(flag, hidden=True, expose_value=False, callback=_tell_of_bind)(
+            function
+        )
+    return function
+
+
+def _tell_of_bind(context: click.Context, option: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise click.UsageError(
+            f"No such option: {option.opts[0]}. Address and port are one: --bind {DEFAULT_BIND}",
+            ctx=context,
+        )
+
+
 @click.command(name="serve")
 @_setting_options
+@_other_names
 @config_option
 # Started by a command that found no daemon.
 @click.option("--background", is_flag=True, hidden=True)

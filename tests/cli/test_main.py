@@ -57,6 +57,15 @@ def test_wrong_use_exits_2() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("flag", ["--host", "--port"])
+def test_the_address_is_found_under_the_names_of_others(flag: str) -> None:
+    found = CliRunner().invoke(cli, ["serve", flag, "8080"])
+    assert found.exit_code == 2
+    assert f"No such option: {flag}" in found.output
+    assert "--bind 127.0.0.1:" in found.output
+    assert flag not in CliRunner().invoke(cli, ["serve", "--help"]).output
+
+
 def test_no_daemon_exits_1_and_says_where_it_looked(unused_tcp_port: int) -> None:
     import os
 
