@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -22,6 +24,7 @@ from shimpy.errors import (
     StoreLockedError,
 )
 from shimpy.names import ModelName
+from shimpy.registry import blobs
 from shimpy.registry.blobs import DigestMismatchError, hash_file
 from shimpy.registry.manifest import Manifest, ManifestFile, Origin, parse_digest
 from shimpy.registry.settings import ModelSettings, Turn
@@ -233,6 +236,28 @@ def test_a_blob_has_one_writer(root: Path) -> None:
         with store.blobs.begin(digest) as writer:
             writer.commit()
         assert store.blobs.size(digest) == 1
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(0, 25))
+def test_a_blob_is_written_in_whole_pieces(sizes: list[int], n_begun: int) -> None:
+    """Whatever comes at once, and however much an earlier writer left."""
+    data = bytes(index % 251 for index in range(n_begun + sum(sizes)))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(blobs, "_PIECE", 16),
+        Store(Path(folder) / "store") as store,
+    ):
+        digest = digest_of(data)
+        with store.blobs.begin(digest) as writer:
+            writer.write(data[:n_begun])
+        with store.blobs.begin(digest) as writer:
+            assert writer.n_bytes == n_begun
+            for size in sizes:
+                writer.write(data[writer.n_bytes :][:size])
+                on_disk = store.blobs.begun_bytes(digest)
+                assert on_disk == max(n_begun, writer.n_bytes // 16 * 16)
+            writer.commit()
+        assert store.blobs.path(digest).read_bytes() == data
 
 
 def test_a_restarted_writer_forgets_what_was(root: Path) -> None:

@@ -3,6 +3,9 @@
 llama.cpp maps files with MAP_POPULATE: that returns once all is read, with no word meanwhile, for
 half a minute where 60 GB come from a disk of 2 GB/s. The same pages are asked for here in pieces,
 at the same speed (MADV_POPULATE_READ, Linux 5.14; elsewhere nothing is done).
+
+And as huge pages, where the file system has them in the page cache (ext4 since Linux 6.16, XFS):
+llama.cpp's own mapping is of them then, and each token passes over all weights.
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ def read_ahead(paths: Iterable[str], on_progress: Callable[[float], bool]) -> bo
     n_total, n_read = sum(cold.values()), 0
     for path, n_bytes in cold.items():
         with contextlib.suppress(OSError, ValueError), _mapped(path) as file:
+            with contextlib.suppress(OSError):
+                # A kernel may have none.
+                file.madvise(mmap.MADV_HUGEPAGE)
             for at in range(0, min(n_bytes, len(file)), _PIECE_BYTES):
                 file.madvise(_MADV_POPULATE_READ, at, min(_PIECE_BYTES, len(file) - at))
                 if not on_progress((n_read + at) / n_total):
@@ -52,6 +58,8 @@ def is_cold(path: str) -> bool:
     page = bytearray(1)
     try:
         n_bytes = os.fstat(file).st_size
+        # Else the first page that is not there brings in what follows it, in small pages.
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         for at in range(0, n_bytes, n_bytes // _N_SAMPLES + 1):
             os.preadv(file, [page], at, os.RWF_NOWAIT)
     except BlockingIOError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from shimpy.engine.llama import open_backend, read_ahead
 from shimpy.errors import LoadError
 from shimpy.protocol.messages import Load
-from shimpy.units import MIB
+from shimpy.units import KIB, MIB
 
 
 @pytest.fixture
@@ -98,6 +100,38 @@ def test_it_can_be_stopped(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[float] = []
     assert not read_ahead.read_ahead([str(file)], lambda part: told.append(part) or part < 0.5)
     assert 0.5 <= told[-1] < 0.7
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_what_is_read_is_huge_pages_where_the_file_system_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    with path.open("wb", buffering=0) as written:
+        # So small that the page cache has no huge page of them.
+        for _ in range(8 * MIB // 4096):
+            written.write(os.urandom(4096))
+        os.fsync(written.fileno())
+    assert mapped_huge_bytes(path) == 0
+    file = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+    if not read_ahead.is_cold(str(path)):
+        pytest.skip("this file system keeps what it is told to drop, or does not tell")
+    assert read_ahead.read_ahead([str(path)], lambda _: True)
+    if not (n_bytes := mapped_huge_bytes(path)):
+        pytest.skip("this file system has no huge pages")
+    # But for what lies around the page that was looked at.
+    assert n_bytes >= 4 * MIB
+
+
+def mapped_huge_bytes(path: Path) -> int:
+    """Return how much of a mapping of a file is huge pages."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        mapping.madvise(read_ahead._MADV_POPULATE_READ)
+        regions = Path("/proc/self/smaps").read_text().split("VmFlags")
+    mine = "".join(region for region in regions if str(path) in region)
+    return sum(KIB * int(n) for n in re.findall(r"FilePmdMapped:\s+(\d+) kB", mine))
 
 
 def test_an_old_kernel_changes_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
