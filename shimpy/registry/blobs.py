@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,9 @@ _CHUNK: Final = 4 * 1024 * 1024
 # where the file system has them (ext4 since Linux 6.16, XFS). With weights that came in pieces of
 # 64 KiB a token takes 4 % longer, until they are read anew.
 _PIECE: Final = 2 * 1024 * 1024
+# Where a piece took longer to come, what comes next is written at once: of a slow line nothing is
+# lost with the process.
+_QUICK_S: Final = 1.0
 # In a working folder: the beginning of a file whose digest is not known.
 _DATA: Final = "data"
 
@@ -245,8 +250,8 @@ class Blobs:
 class BlobWriter:
     """Writes one blob, hashing as it goes; a context manager that closes it.
 
-    Not committed, it leaves a partial blob, or nothing if it was begun without `resume`. Where the
-    process dies, that is all but the last piece.
+    Not committed, it leaves a partial blob, or nothing if it was begun without `resume`. If the
+    process dies, that is all but the last piece at most.
     """
 
     def __init__(
@@ -258,10 +263,13 @@ class BlobWriter:
         self._keeps = keeps
         self._hook = hook
         self._hash = hashlib.sha256()
-        # Bytes taken so far, those of earlier writers counted; the last ones wait for the rest of
-        # their piece.
+        # Bytes taken so far, those of earlier writers counted; the last ones may wait for the rest
+        # of their piece.
         self.n_bytes = 0
         self._waiting = bytearray()
+        # Whether the last whole piece came quickly, and when it had come.
+        self._is_quick = False
+        self._came_s = -math.inf
         with disk.explained(path):
             self._file = path.open("ab")
             for chunk in _chunks(path):
@@ -289,10 +297,14 @@ class BlobWriter:
         n_before = len(self._waiting)
         self._waiting += data
         n_over = (self.n_bytes + len(data)) % _PIECE
+        if n_over < len(data):
+            now = time.monotonic()
+            self._is_quick = now - self._came_s < _QUICK_S
+            self._came_s = now
         with disk.explained(self._path):
             self._hook("blob: write")
             try:
-                self._flush(len(self._waiting) - n_over)
+                self._flush(len(self._waiting) - n_over * self._is_quick)
             except OSError:
                 del self._waiting[n_before:]
                 with contextlib.suppress(OSError):

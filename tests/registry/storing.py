@@ -19,11 +19,9 @@ from shimpy.names import ModelName
 from shimpy.registry.manifest import Manifest, ManifestFile
 from shimpy.registry.settings import ModelSettings
 from shimpy.registry.store import Store
-from shimpy.units import MIB
 
 OLD = b"old" * 1000
-# Two pieces and a half.
-NEW = b"newer" * MIB
+NEW = b"new" * 2000
 
 
 def digest_of(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -238,13 +239,17 @@ def test_a_blob_has_one_writer(root: Path) -> None:
         assert store.blobs.size(digest) == 1
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(0, 25))
-def test_a_blob_is_written_in_whole_pieces(sizes: list[int], n_begun: int) -> None:
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(0, 25), st.booleans())
+def test_a_blob_is_written_in_whole_pieces_where_they_come_quickly(
+    sizes: list[int], n_begun: int, is_quick: bool
+) -> None:
     """Whatever comes at once, and however much an earlier writer left."""
     data = bytes(index % 251 for index in range(n_begun + sum(sizes)))
+    times = itertools.count(step=0.9 if is_quick else 1.1)
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(blobs, "_PIECE", 16),
+        mock.patch.object(blobs.time, "monotonic", times.__next__),
         Store(Path(folder) / "store") as store,
     ):
         digest = digest_of(data)
@@ -252,10 +257,15 @@ def test_a_blob_is_written_in_whole_pieces(sizes: list[int], n_begun: int) -> No
             writer.write(data[:n_begun])
         with store.blobs.begin(digest) as writer:
             assert writer.n_bytes == n_begun
+            n_whole = 0
             for size in sizes:
-                writer.write(data[writer.n_bytes :][:size])
-                on_disk = store.blobs.begun_bytes(digest)
-                assert on_disk == max(n_begun, writer.n_bytes // 16 * 16)
+                before = writer.n_bytes
+                writer.write(data[before:][:size])
+                n_whole += writer.n_bytes // 16 > before // 16
+                # Of the first it is not known how quickly they come.
+                waits = is_quick and n_whole > 1
+                on_disk = writer.n_bytes // 16 * 16 if waits else writer.n_bytes
+                assert store.blobs.begun_bytes(digest) == on_disk
             writer.commit()
         assert store.blobs.path(digest).read_bytes() == data
 
