@@ -130,14 +130,15 @@ class Batcher:
             sequence.n_keep = min(n_keep, self._n_ctx_seq // 2)
         self._admission.add(sequence)
 
-    def on_decoded(self, batch: Batch) -> None:
-        """Note that a batch is in the KV cache."""
+    def on_decoded(self, batch: Batch, n_times: int = 1) -> None:
+        """Note that a batch is in the KV cache, and as many after it as were like it."""
         grow = self._slots.cells.grow
         for sequence, chunk in zip(batch.sequences, batch.chunks, strict=True):
-            n = len(chunk.tokens)
+            n = n_times * len(chunk.tokens)
             sequence.n_kv += n
             grow(chunk.slot, n)
-        self._slots.n_mixed += self._slots.kv_unified and len(batch.chunks) > 1
+        if self._slots.kv_unified and len(batch.chunks) > 1:
+            self._slots.n_mixed += n_times
 
     def on_repeated(
         self, batch: Batch, drawn: list[list[int]], n_times: int, elapsed_s: float
@@ -148,12 +149,10 @@ class Batcher:
         """
         if not n_times:
             return
-        for sequence, chunk, tokens in zip(batch.sequences, batch.chunks, drawn, strict=True):
+        self.on_decoded(batch, n_times)
+        for sequence, tokens in zip(batch.sequences, drawn, strict=True):
             sequence.tokens += tokens
             sequence.n_generated += len(tokens)
-            sequence.n_kv += n_times
-            self._slots.cells.grow(chunk.slot, n_times)
-        self._slots.n_mixed += n_times * (self._slots.kv_unified and len(batch.chunks) > 1)
         self.on_timed(batch, elapsed_s, n_times)
 
     def on_timed(self, batch: Batch, elapsed_s: float, n_times: int = 1) -> None:

@@ -42,6 +42,7 @@ class Generation:
         "_prefilled_s",
         "_unsent",
         "_work",
+        "is_over",
         "pieces",
         "request",
         "sampler",
@@ -74,7 +75,8 @@ class Generation:
         self._n_unsent = 0
         # Bytes become text at once where it may be the last, or logprobs go with it.
         self._is_watched = bool(submit.stop) or submit.sampling.n_logprobs is not None
-        self._is_ended_by_token = False
+        # By a token of the model's own, or by a stop string.
+        self.is_over = self._is_ended_by_token = False
         self._prefilled_s: float | None = None
 
     def on_prefilled(self, now: float) -> Prefilled | None:
@@ -84,8 +86,17 @@ class Generation:
         self._prefilled_s = now
         return Prefilled(self.request, self.sequence.n_prompt, self.sequence.n_cached)
 
-    def push(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> None:
-        """Take a token; what text is certain then is in the next Delta."""
+    def draw(self, row: int) -> int | None:
+        """Draw a token from an output of the last decode; None: the model's own end, without text.
+
+        What text is certain then is in the next Delta; whether it is all, `is_over` says.
+        """
+        token, logprob = self.sampler.sample(row)
+        piece = self.pieces[token]
+        if piece is None:
+            self.is_over = self._is_ended_by_token = True
+            self.finish()
+            return None
         if logprob is not None and self._logprobs is not None:
             self._logprobs.push(logprob)
         self._n_unsent += 1
@@ -94,6 +105,10 @@ class Generation:
             self._read()
             if not piece:
                 self._look_at_name(token)
+            if self.text.stop is not None:
+                self.is_over = True
+                self.finish()
+        return token
 
     def _read(self) -> None:
         if self._bytes:
@@ -106,11 +121,6 @@ class Generation:
         if name in self._work.submit.stop:
             self.finish()
             self.text.stop = name
-
-    def on_end_token(self) -> None:
-        """Note the token that ends the text."""
-        self._is_ended_by_token = True
-        self.finish()
 
     def finish(self) -> None:
         """Hold no text back any longer."""

@@ -373,19 +373,14 @@ class Engine:
             if sequence.n_predict == 0:
                 self._end(generation, "length")
                 return
-        token, logprob = generation.sampler.sample(row)
+        token = generation.draw(row)
         self._outbox.add_text(generation)
-        piece = generation.pieces[token]
-        if piece is None:
-            generation.on_end_token()
+        goes_on = token is not None and self._batcher.on_token(sequence, token)
+        if generation.is_over:
             self._end(generation, "stop")
-            return
-        goes_on = self._batcher.on_token(sequence, token)
-        generation.push(token, piece, logprob)
-        if goes_on and generation.text.stop is None:
-            return
-        generation.finish()
-        self._end(generation, "length" if generation.text.stop is None else "stop")
+        elif not goes_on:
+            generation.finish()
+            self._end(generation, "length")
 
     # --- out ---
 

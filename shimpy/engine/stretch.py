@@ -67,22 +67,16 @@ def run_on(
         stretch.took_s += now - started_s
         for row, (generation, drawn) in rows:
             try:
-                token, logprob = generation.sampler.sample(row)
-                piece = generation.pieces[token]
-                if piece is None:
-                    generation.on_end_token()
-                    ended.append((generation, None))
-                    continue
-                tokens[row] = token
-                drawn.append(token)
-                generation.push(token, piece, logprob)
-                if generation.text.stop is not None:
-                    generation.finish()
+                token = generation.draw(row)
+                if token is not None:
+                    tokens[row] = token
+                    drawn.append(token)
+                if generation.is_over:
                     ended.append((generation, None))
             except Exception as error:  # noqa: BLE001 - one request's boundary
                 ended.append((generation, error))
         stretch.n_steps, stretch.before_s, stretch.decoded_s = n_steps, before_s, now
-        # The next one is expected to take as long.
+        # As Outbox.may_wait: the next one is expected to take as long.
         if ended or arrived or 2 * now - before_s > due_s:
             break
     return stretch

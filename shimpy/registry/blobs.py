@@ -294,8 +294,6 @@ class BlobWriter:
         Raises:
             DiskFullError: there is no room; what came before stays for a later writer.
         """
-        n_before = len(self._waiting)
-        self._waiting += data
         n_over = (self.n_bytes + len(data)) % _PIECE
         if n_over < len(data):
             now = time.monotonic()
@@ -303,8 +301,10 @@ class BlobWriter:
             self._came_s = now
         with disk.explained(self._path):
             self._hook("blob: write")
+            n_before = len(self._waiting)
+            self._waiting += data
             try:
-                self._flush(len(self._waiting) - n_over * self._is_quick)
+                self._flush(len(self._waiting) - (n_over if self._is_quick else 0))
             except OSError:
                 del self._waiting[n_before:]
                 with contextlib.suppress(OSError):
@@ -318,7 +318,7 @@ class BlobWriter:
         if n <= 0:
             return
         try:
-            self._file.write(bytes(self._waiting[:n]))
+            self._file.write(self._waiting[:n])
             self._file.flush()
         except OSError:
             # Part of it may be there: the hash is of what was whole.
